@@ -1,0 +1,63 @@
+# Plain `make` lists the targets. Everything that needs Python runs in .venv, made on first use.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Installed where there is no NVIDIA GPU; pinned, for the newest may come with gigabytes of CUDA.
+CPU_TORCH ?= torch==2.13.0
+
+TRAIN ?= data/train.json
+META ?= data/meta.json
+OUT ?= data/shards
+NUM_SHARDS ?= 8
+NUM_GPUS ?= 8
+CONFIG ?= launch/recipes/instance_table.yaml
+MODEL ?= runs/instance_table/export
+TEST ?= data/test.json
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-seeds test test-gpu lint format shard-data train evaluate bench
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+
+setup: $(STAMP) ## make .venv and install everything into it
+
+$(STAMP): setup.py
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(PYTHON) -m pip install --quiet "$(CPU_TORCH)"
+	$(PYTHON) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP) ## the whole job on handwritten digits, in runs/demo (some minutes)
+	$(PYTHON) launch/demo.py --out runs/demo
+
+demo-seeds: $(STAMP) ## the demo with three seeds and its controls, in runs/demo-seeds
+	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3
+
+test: $(STAMP) ## all tests but those that need a GPU
+	$(PYTHON) -m pytest -m "not gpu"
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(STAMP) ## check format and style
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+format: $(STAMP) ## put format and style right
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=… shards
+	$(PYTHON) -m data_tools.shard --train "$(TRAIN)" --meta "$(META)" --out "$(OUT)" \
+		--num_shards $(NUM_SHARDS)
+
+train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=…
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_gpus $(NUM_GPUS) launch/train.py \
+		--config $(CONFIG) --train_json_file "$(OUT)/train" --meta_json_file "$(OUT)/meta"
+
+evaluate: $(STAMP) ## Best-of-N of MODEL=… on TEST=…
+	$(PYTHON) launch/evaluate.py --model "$(MODEL)" --test_json_file "$(TEST)"
+
+bench: $(STAMP) ## measure speed and errors
+	$(PYTHON) -m pytest tests/benchmarks

@@ -1,0 +1,1 @@
+"""A distributed trainer for multimodal process reward models with learned instance weights."""

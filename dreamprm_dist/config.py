@@ -1,0 +1,276 @@
+"""Configuration: dataclass defaults < YAML file < command line.
+
+Each section below is owned by the part of the program that it names; `TrainConfig` is all of them
+together. Every flag of the reference implementation exists under its own name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Section = TypeVar("Section")
+
+
+def flag(default, help: str, aliases: Sequence[str] = ()):
+    """A dataclass field that is a command-line flag; `aliases` are other spellings of it."""
+    metadata = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how it becomes model inputs."""
+
+    _argument_group_name = "data"
+
+    train_json_file: str = flag(
+        "./data/train.json", "Training shards, or a raw JSON/JSONL file that is then sharded once."
+    )
+    meta_json_file: str = flag("./data/meta.json", "Meta shards, or a raw JSON/JSONL file.")
+    image_root: str | None = flag(
+        None, "Folder that image paths of a raw file start at (default: the file's own folder)."
+    )
+    num_shards: int = flag(
+        8, "Shards made of a raw file; a multiple of every number of ranks that will train on it."
+    )
+    max_patch_num: int = flag(6, "Most tiles of an image, thumbnail not counted.")
+    label_context: Literal["data", "plus"] = flag(
+        "data",
+        "Answers of earlier steps in the context: the given labels, or always + as in scoring.",
+    )
+    num_workers: int = flag(2, "Processes a rank that read, tile and encode; 0: in the rank.")
+
+
+@dataclass
+class ModelConfig:
+    """The PRM and how it is held."""
+
+    _argument_group_name = "model"
+
+    reward_model: str = flag("OpenGVLab/InternVL3-1B", "Local folder or hub name to start from.")
+    precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
+    freeze_vision_tower: bool = flag(False, "Do not train the vision tower.")
+    freeze_language_model: bool = flag(False, "Do not train the language model.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
+
+
+@dataclass
+class LowerConfig:
+    """Lower level: the PRM's own training."""
+
+    _argument_group_name = "lower level"
+
+    batch_size: int = flag(1, "Instances a rank and micro-batch.")
+    gradient_accumulation: int = flag(
+        1, "Micro-batches a lower step.", aliases=["gradiant_accumulation"]
+    )
+    lr: float = flag(5e-5, "Learning rate of AdamW.")
+    momentum: float = flag(0.9, "First beta of AdamW.")
+    weight_decay: float = flag(0.01, "Decoupled weight decay of AdamW.")
+    gradient_clipping: float = flag(
+        1.0, "Largest global gradient norm; 0: no clipping.", aliases=["gradiant_clipping"]
+    )
+    scheduler_type: Literal["cosine_schedule_with_warmup", "step_lr", "constant"] = flag(
+        "cosine_schedule_with_warmup", "Schedule of lr (5 %% warm-up)."
+    )
+    scheduler_step_size: int = flag(1000, "step_lr: lower steps between two decays.")
+    scheduler_gamma: float = flag(0.95, "step_lr: factor of a decay.")
+
+
+@dataclass
+class UpperConfig:
+    """Upper level: the instance weights."""
+
+    _argument_group_name = "upper level"
+
+    reweighter: Literal["instance_table"] = flag("instance_table", "How weights are held.")
+    hypergradient: Literal["jvp"] = flag("jvp", "Estimator of the hypergradient.")
+    unroll_steps: int = flag(1, "Lower steps before each upper step.")
+    meta_batch_size: int = flag(1, "Meta solutions a rank and micro-batch.")
+    meta_gradient_accumulation: int = flag(1, "Meta micro-batches an upper step.")
+    meta_lr: float = flag(1e-1, "Learning rate of the weights.")
+    meta_momentum: float = flag(0.9, "First beta of AdamW (row_update adamw).")
+    meta_weight_decay: float = flag(1e-3, "Decoupled weight decay of the weights, towards 0.")
+    meta_scheduler_type: Literal["cosine_schedule_with_warmup", "step_lr", "constant"] = flag(
+        "cosine_schedule_with_warmup", "Schedule of meta_lr (5 %% warm-up)."
+    )
+    meta_scheduler_step_size: int = flag(1000, "step_lr: upper steps between two decays.")
+    meta_scheduler_gamma: float = flag(0.95, "step_lr: factor of a decay.")
+    row_update: Literal["adamw", "normalized_sgd"] = flag(
+        "adamw", "Update of the table's rows: AdamW over all rows, or hypergradient over its mean."
+    )
+    activation_function: Literal["LeakyReLU", "ReLU", "No", "Clip", "Project"] = flag(
+        "LeakyReLU", "From raw weights to weights; Project keeps raw weights within the bounds."
+    )
+    weight_min: float = flag(-1.0, "Lower bound of Clip and Project.")
+    weight_max: float = flag(3.0, "Upper bound of Clip and Project.")
+    initialization: float = flag(1.0, "Raw weight of every instance at the start.")
+    aggregation_function: str = flag("mean", "How step scores become a solution's score.")
+    loss_target: Literal["+", "both"] = flag(
+        "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."
+    )
+    rollback: bool = flag(False, "Undo the unroll after the upper step and take it again.")
+
+
+@dataclass
+class RunConfig:
+    """The run as a whole."""
+
+    _argument_group_name = "run"
+
+    weights_path: str = flag("./weights", "Run folder: config, metrics, checkpoints, export.")
+    iteration_num: int = flag(100_000, "Outer iterations: unroll_steps lower steps, one upper.")
+    save_every_iterations: int = flag(1000, "Iterations between two exports; the last always is.")
+    retrain: bool = flag(False, "Cold start: plain fine-tuning, no weights are learned.")
+    baseline: bool = flag(False, "Plain fine-tuning as the baseline that weights are held against.")
+    strategy: Literal["default", "zero1", "zero2", "zero2_offload", "zero2_cpu"] = flag(
+        "default", "File in ds_configs/; default is zero2 (zero2_cpu without a GPU)."
+    )
+    device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
+    seed: int = flag(1, "Seed of data order and initialisation.")
+    local_rank: int = flag(-1, "Set by launchers; the environment counts.")
+    log_every: int = flag(1, "Iterations between two lines of metrics.jsonl.")
+
+
+@dataclass
+class TrainConfig:
+    """Everything `launch/train.py` is told."""
+
+    data: DataConfig
+    model: ModelConfig
+    lower: LowerConfig
+    upper: UpperConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.run.retrain and self.run.baseline:
+            raise ValueError("retrain and baseline are the same loop; choose one of the two")
+        if self.upper.rollback:
+            raise ValueError("rollback is not available yet; leave it out")
+        if self.upper.activation_function in ("Clip", "Project") and not (
+            self.upper.weight_min <= self.upper.initialization <= self.upper.weight_max
+        ):
+            raise ValueError(
+                f"initialization {self.upper.initialization} lies outside weight_min "
+                f"{self.upper.weight_min} and weight_max {self.upper.weight_max}"
+            )
+        for section in (self.data, self.lower, self.upper, self.run):
+            for name in _AT_LEAST_ONE & vars(section).keys():
+                if getattr(section, name) < 1:
+                    raise ValueError(f"{name} is {getattr(section, name)}; it must be at least 1")
+
+    @property
+    def unweighted(self) -> bool:
+        """Plain fine-tuning: no weights are learned."""
+        return self.run.retrain or self.run.baseline
+
+    def as_dict(self) -> dict:
+        """All flags, flat, as a recipe has them."""
+        sections = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return {name: value for section in sections for name, value in vars(section).items()}
+
+
+_AT_LEAST_ONE = {
+    "batch_size",
+    "gradient_accumulation",
+    "meta_batch_size",
+    "meta_gradient_accumulation",
+    "unroll_steps",
+    "iteration_num",
+    "save_every_iterations",
+    "max_patch_num",
+    "num_shards",
+    "log_every",
+}
+
+
+def parse_train_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """`launch/train.py`'s command line; see `parse_args`."""
+    sections = (DataConfig, ModelConfig, LowerConfig, UpperConfig, RunConfig)
+    return TrainConfig(*parse_args(sections, argv, "Train a process reward model."))
+
+
+def parse_args(
+    config_classes: tuple[type[Section], ...], argv: Sequence[str] | None, description: str
+) -> tuple[Section, ...]:
+    """Read `--config recipe.yaml` (any number of them, later ones win), then the flags.
+
+    Returns:
+        One instance of each of `config_classes`.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong kind or an unreadable recipe.
+        SystemExit: from argparse, for `--help` and for what is wrong on the command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        config_classes,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], help="YAML recipe; flags override what it says."
+    )
+    known = {
+        option.lstrip("-"): action.dest
+        for action in parser._actions
+        for option in action.option_strings
+    }
+    files = parser.parse_known_args(argv)[0].config
+    # Recipe values go through argparse as flags before the real ones, so that both are read and
+    # refused by the same rules.
+    recipe_argv = [item for file in files for item in _recipe_flags(Path(file), known)]
+    _refuse_unknown_flags(argv, known)
+    namespace = parser.parse_args(recipe_argv + argv)
+    return tuple(
+        cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})
+        for cls in config_classes
+    )
+
+
+def _recipe_flags(file: Path, known: dict[str, str]) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"recipe {file} does not exist; recipes lie in launch/recipes/")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {file} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {file} must hold `flag: value` lines")
+    flags = []
+    for key, value in recipe.items():
+        if key not in known or key in ("config", "help"):
+            raise ValueError(f"recipe {file}: {_unknown(str(key), known)}")
+        if value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def _refuse_unknown_flags(argv: Sequence[str], known: dict[str, str]) -> None:
+    for item in argv:
+        name = item.removeprefix("--").split("=")[0]
+        if item.startswith("--") and name not in known:
+            raise ValueError(_unknown(name, known))
+
+
+def _unknown(name: str, known: dict[str, str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"unknown flag {name!r}; the nearest valid one is {nearest!r} (see --help)"
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration as a recipe that starts the same run again."""
+    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dreamprm_dist",
+    version="0.1.0",
+    description="Distributed trainer for multimodal process reward models with noisy labels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dreamprm_dist*", "data_tools*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.17",
+        "transformers>=5.0",
+        "accelerate>=1.6",
+        "datasets>=3.0",
+        "pillow>=10.3",
+        "pyyaml>=6.0",
+        "mpi4py>=4.0",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pandas>=2.1",
+        "pyarrow>=16",
+        "safetensors>=0.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.6"],
+        "track": ["tensorboard", "wandb"],
+        "dev": ["hypothesis", "pytest>=8", "pytest-timeout", "ruff==0.17.*", "scikit-learn>=1.4"],
+    },
+)

@@ -1,0 +1,121 @@
+"""Configuration: defaults < recipe < command line, and nothing unknown is accepted."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dreamprm_dist.config import parse_train_config, save_config
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
+
+REFERENCE_DEFAULTS = {
+    "train_json_file": "./data/train.json",
+    "meta_json_file": "./data/meta.json",
+    "weights_path": "./weights",
+    "reward_model": "OpenGVLab/InternVL3-1B",
+    "iteration_num": 100000,
+    "save_every_iterations": 1000,
+    "unroll_steps": 1,
+    "gradient_accumulation": 1,
+    "gradient_clipping": 1.0,
+    "device": "auto",
+    "precision": "bf16",
+    "strategy": "default",
+    "rollback": False,
+    "baseline": False,
+    "seed": 1,
+    "lr": 5e-5,
+    "momentum": 0.9,
+    "weight_decay": 0.01,
+    "batch_size": 1,
+    "scheduler_step_size": 1000,
+    "scheduler_gamma": 0.95,
+    "meta_lr": 0.1,
+    "meta_weight_decay": 1e-3,
+    "meta_batch_size": 1,
+    "retrain": False,
+    "activation_function": "LeakyReLU",
+    "aggregation_function": "mean",
+    "loss_target": "both",
+    "initialization": 1.0,
+    "max_patch_num": 6,
+    "scheduler_type": "cosine_schedule_with_warmup",
+}
+REFERENCE_FLAGS = {
+    *REFERENCE_DEFAULTS,
+    *("local_rank", "meta_momentum", "meta_scheduler_step_size", "meta_scheduler_gamma"),
+}
+
+
+def test_the_reference_implementations_flags_and_defaults():
+    flags = parse_train_config([]).as_dict()
+    assert flags.keys() >= REFERENCE_FLAGS
+    assert {name: flags[name] for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
+
+
+def test_the_reference_implementations_spelling_is_an_alias():
+    config = parse_train_config(["--gradiant_accumulation", "3", "--gradiant_clipping=0.5"])
+    assert config.lower.gradient_accumulation == 3
+    assert config.lower.gradient_clipping == 0.5
+
+
+def test_flags_override_a_recipe_and_a_recipe_the_defaults(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lr: 0.5\nbatch_size: 4\nretrain: true\n")
+    config = parse_train_config(["--config", str(recipe), "--lr", "0.25"])
+    assert (config.lower.lr, config.lower.batch_size, config.run.retrain) == (0.25, 4, True)
+    assert config.lower.momentum == 0.9
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe: Path):
+    assert parse_train_config(["--config", str(recipe)])
+
+
+def test_the_saved_configuration_starts_the_same_run(tmp_path: Path):
+    config = parse_train_config(["--lr", "3e-4", "--baseline", "--image_root", "/images"])
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_train_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("meta_lrr: 1", "unknown flag 'meta_lrr'; the nearest valid one is 'meta_lr'"),
+        ("- lr", "must hold `flag: value` lines"),
+        ("lr: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path: Path, recipe: str, message: str):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe)
+    with pytest.raises(ValueError, match=message) as error:
+        parse_train_config(["--config", str(file)])
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"nothing\.yaml does not exist"):
+        parse_train_config(["--config", str(tmp_path / "nothing.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rate", "1"], "unknown flag 'learning_rate'; the nearest valid one is"),
+        (["--rollback"], "rollback is not available yet"),
+        (["--retrain", "--baseline"], "choose one of the two"),
+        (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--activation_function", "Clip", "--initialization", "4"], "lies outside"),
+    ],
+)
+def test_wrong_flags_are_refused(argv: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_train_config(argv)
+
+
+def test_saved_yaml_is_flat(tmp_path: Path):
+    save_config(parse_train_config([]), tmp_path / "config.yaml")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved == parse_train_config([]).as_dict()
