@@ -1,0 +1,1 @@
+"""Command-line tools that turn data files into shard folders."""

@@ -1,0 +1,1 @@
+"""Records, shard folders, sampling and collation: from files on disk to batches."""

@@ -1,0 +1,137 @@
+"""From a record to tensors: encode one instance, pad several into a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation
+from dreamprm_dist.prm.tiling import image_tiles
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How records become model inputs; the same for training and scoring but for `max_tiles`.
+
+    Attributes:
+        max_tiles: most tiles of an image, thumbnail not counted.
+        tile_size: side of a tile in pixels.
+        tokens_per_tile: image tokens of one tile.
+        max_length: most tokens of an instance, the context length of the model.
+        label_context: see `encode_conversation`.
+    """
+
+    max_tiles: int
+    tile_size: int = 448
+    tokens_per_tile: int = 256
+    max_length: int = 32768
+    label_context: str = "plus"
+
+
+@dataclass
+class Instance:
+    """One encoded conversation with its image tiles, shape (tiles, 3, size, size)."""
+
+    encoded: EncodedConversation
+    pixel_values: Tensor
+    sample_id: int = -1
+    true_false: bool = False
+
+
+@dataclass
+class Batch:
+    """B instances, right-padded to L tokens, with T tiles and n scored steps in all.
+
+    Attention is causal, so padding on the right changes nothing to its left and no attention mask
+    is needed.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        pixel_values: (T, 3, size, size) float32, or None when no instance has an image.
+        step_rows: (n,) the instance that each step belongs to, ascending.
+        step_positions: (n,) the position in that instance whose logits score the step.
+        step_targets: (n,) token ids of the labels, `IGNORE_INDEX` where unlabelled.
+        sample_ids: (B,) int64.
+        true_false: (B,) float32, 1 where the final answer is right (meta instances only).
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor | None
+    step_rows: Tensor
+    step_positions: Tensor
+    step_targets: Tensor
+    sample_ids: Tensor
+    true_false: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def _map(self, function) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+def encode_instance(
+    conversations: Sequence[dict],
+    images: Sequence[bytes],
+    tokenizer: PreTrainedTokenizerBase,
+    format: InputFormat,
+    sample_id: int = -1,
+    true_false: bool = False,
+) -> Instance:
+    """Tile the images and encode the conversation.
+
+    Raises:
+        ValueError: the instance is longer than `format.max_length`, or see `encode_conversation`.
+    """
+    tiles = [image_tiles(data, format.max_tiles, format.tile_size) for data in images]
+    encoded = encode_conversation(
+        conversations,
+        tokenizer,
+        [len(t) for t in tiles],
+        format.tokens_per_tile,
+        format.label_context,
+    )
+    if len(encoded.input_ids) > format.max_length:
+        raise ValueError(
+            f"{len(encoded.input_ids)} tokens are more than the model's context of "
+            f"{format.max_length}; lower max_patch_num, now {format.max_tiles}, or leave the "
+            "record out"
+        )
+    pixel_values = torch.cat(tiles) if tiles else torch.empty(0, 3, *[format.tile_size] * 2)
+    return Instance(encoded, pixel_values, sample_id, true_false)
+
+
+def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
+    """Pad instances into one batch."""
+    lengths = [len(instance.encoded.input_ids) for instance in instances]
+    input_ids = torch.full((len(instances), max(lengths)), pad_token_id)
+    for row, instance in enumerate(instances):
+        input_ids[row, : lengths[row]] = torch.tensor(instance.encoded.input_ids)
+    pixel_values = torch.cat([instance.pixel_values for instance in instances])
+    steps = [
+        (row, position, target)
+        for row, instance in enumerate(instances)
+        for position, target in zip(
+            instance.encoded.step_positions, instance.encoded.step_targets, strict=True
+        )
+    ]
+    step_rows, step_positions, step_targets = torch.tensor(steps).T.contiguous()
+    return Batch(
+        input_ids,
+        pixel_values if len(pixel_values) else None,
+        step_rows,
+        step_positions,
+        step_targets,
+        torch.tensor([instance.sample_id for instance in instances]),
+        torch.tensor([float(instance.true_false) for instance in instances]),
+    )

@@ -1,0 +1,116 @@
+"""The two data streams of a run: each step's micro-batches of this rank, in the design's order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dreamprm_dist.data.collate import Batch, InputFormat, collate, encode_instance
+from dreamprm_dist.data.sampler import owned_shards, rank_draws
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.chat import encode_conversation
+from dreamprm_dist.prm.tiling import num_tiles
+
+
+@dataclass
+class RankBatches(Dataset):
+    """Item t is this rank's part of global batch t: a list of micro-batches of equal size.
+
+    Instances are sorted by length within the part, so that little padding is wasted.
+    """
+
+    shards: ShardFolder
+    tokenizer: PreTrainedTokenizerBase
+    format: InputFormat
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    level: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        draws = rank_draws(
+            step,
+            self.global_batch_size,
+            self.shards.rows_per_shard,
+            self.seed,
+            self.level,
+            self.rank,
+            self.world_size,
+        )
+        instances = [self._instance(*draw) for draw in draws]
+        instances.sort(key=lambda instance: len(instance.encoded.input_ids))
+        size = self.micro_batch_size
+        return [
+            collate(instances[i : i + size], self.tokenizer.pad_token_id)
+            for i in range(0, len(instances), size)
+        ]
+
+    def _instance(self, shard: int, row: int):
+        record = self.shards.read(shard, row)
+        try:
+            return encode_instance(
+                record["conversations"],
+                record["images"],
+                self.tokenizer,
+                self.format,
+                record["sample_id"],
+                record.get("true_false", False),
+            )
+        except ValueError as error:
+            raise ValueError(_named(self.shards, record, error)) from error
+
+    def stream(self, first: int, count: int, num_workers: int, device: torch.device) -> Iterator:
+        """Items first to first + count - 1, read ahead by worker processes."""
+        return iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(first, first + count),
+                num_workers=num_workers,
+                pin_memory=device.type == "cuda",
+            )
+        )
+
+    def check_lengths(self) -> None:
+        """Refuse records of this rank's shards that are longer than the model's context.
+
+        Reads text and image sizes only, so that a run fails at its start and not days later.
+        """
+        too_long, first = 0, ""
+        shards = owned_shards(self.shards.num_shards, self.rank, self.world_size)
+        for shard in tqdm(shards, desc="checking lengths", disable=self.rank != 0, leave=False):
+            columns = ("sample_id", "source_id", "conversations", "image_sizes")
+            rows = zip(*(self.shards.read_column(shard, name) for name in columns), strict=True)
+            for record in (dict(zip(columns, row, strict=True)) for row in rows):
+                length = self._length(record)
+                if length > self.format.max_length:
+                    too_long += 1
+                    first = first or _named(
+                        self.shards,
+                        record,
+                        f"{length} tokens are more than the model's context of "
+                        f"{self.format.max_length}",
+                    )
+        if too_long:
+            raise ValueError(
+                f"{first} ({too_long} such records on this rank); lower max_patch_num, now "
+                f"{self.format.max_tiles}, or leave the records out and shard again"
+            )
+
+    def _length(self, record: dict) -> int:
+        """Tokens of a record, image tokens counted without writing them out."""
+        tiles = [
+            num_tiles(*size, self.format.max_tiles, self.format.tile_size)
+            for size in record["image_sizes"]
+        ]
+        text = encode_conversation(record["conversations"], self.tokenizer, [0] * len(tiles))
+        return len(text.input_ids) + sum(tiles) * self.format.tokens_per_tile
+
+
+def _named(shards: ShardFolder, record: dict, problem: object) -> str:
+    return f"{shards.path}: sample_id {record['sample_id']} (id {record['source_id']!r}): {problem}"

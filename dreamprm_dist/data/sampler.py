@@ -1,0 +1,64 @@
+"""Which rows make up a global batch: a pure function of integers.
+
+Draw d of the run comes from shard d mod S, whose own draws are an endless sequence of seeded
+permutations of its rows; global batch t is draws t*G to (t+1)*G - 1. Rank r of W owns the shards
+s with s mod W == r. With S and G multiples of W every rank gets G / W draws of every global batch,
+and the content of the batch does not depend on W.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def check_divisible(num_shards: int, global_batch_size: int, world_size: int) -> None:
+    """Refuse a world size that cannot share the shards and the global batch evenly.
+
+    Raises:
+        ValueError: naming the nearest world sizes that work.
+    """
+    common = np.gcd(num_shards, global_batch_size)
+    if common % world_size:
+        works = [w for w in range(1, common + 1) if common % w == 0]
+        nearest = sorted(works, key=lambda w: abs(w - world_size))[:3]
+        raise ValueError(
+            f"{world_size} ranks cannot share {num_shards} shards and a global batch of "
+            f"{global_batch_size} evenly; use one of {sorted(nearest)} ranks, or shard again with "
+            f"a multiple of {world_size} shards"
+        )
+
+
+def owned_shards(num_shards: int, rank: int, world_size: int) -> range:
+    """The shards whose rows, weights and draws belong to a rank."""
+    return range(rank, num_shards, world_size)
+
+
+@lru_cache(maxsize=256)
+def _permutation(seed: int, level: int, shard: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, level, shard, epoch]).permutation(rows)
+
+
+def rank_draws(
+    step: int,
+    global_batch_size: int,
+    rows_per_shard: list[int],
+    seed: int,
+    level: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[tuple[int, int]]:
+    """A rank's part of global batch `step` as (shard, row) pairs in the order of the draws.
+
+    Args:
+        rows_per_shard: rows of each of the S shards, all at least 1.
+        level: keeps the orders of different data sets apart (0 lower, 1 upper).
+    """
+    num_shards = len(rows_per_shard)
+    first = step * global_batch_size
+    draws = []
+    for draw in range(first + (rank - first) % world_size, first + global_batch_size, world_size):
+        shard, turn = draw % num_shards, draw // num_shards
+        epoch, index = divmod(turn, rows_per_shard[shard])
+        order = _permutation(seed, level, shard, epoch, rows_per_shard[shard])
+        draws.append((shard, int(order[index])))
+    return draws

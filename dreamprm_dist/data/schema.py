@@ -1,0 +1,354 @@
+"""Training, meta and test records: reading them from JSON files and checking them.
+
+The ``parse_*`` functions see one record and not its file, so their messages say what is wrong
+with the record; whoever knows the file and line puts them in front.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+_BOM = b"\xef\xbb\xbf"
+
+
+class RecordError(ValueError):
+    """A record, or an image of it, that cannot be taken; the message is one sentence."""
+
+
+@dataclass
+class TrainingRecord:
+    """One solution with a label a step.
+
+    ``source_id`` is the file's own ``id`` as text ("" when absent; it may repeat or be "-1").
+    ``conversations`` holds dicts with exactly the keys ``from`` ("system", "human" or "gpt") and
+    ``value`` (text; for a gpt turn "+", "-" or None = unlabelled).
+    """
+
+    source_id: str
+    images: list[str]
+    conversations: list[dict]
+    dataset: str = ""
+
+
+@dataclass(kw_only=True)
+class MetaRecord(TrainingRecord):
+    """A training record that also says whether the solution's final answer is right."""
+
+    true_false: bool
+    response: str = ""
+
+
+@dataclass
+class TestRecord:
+    """A question with N candidate solutions, and for each whether its final answer is right."""
+
+    __test__ = False  # the name starts with "Test", but pytest must not collect it
+
+    question: str
+    images: list[str]
+    candidates: list[str]
+    true_false: list[bool]
+    id: str = ""
+    subject: str = ""
+    answer: str = ""
+    options: list[str] | None = None
+
+
+class JsonRecords:
+    """The records of a JSON list or a JSONL file, in file order and one by one.
+
+    The first non-blank character decides: ``[`` is a JSON list (held in memory as a whole),
+    anything else is JSONL (streamed). UTF-8, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: a JSON list that does not parse; a malformed JSONL line is yielded instead.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            what = "is a folder, not a file" if self.path.is_dir() else "no such file"
+            raise FileNotFoundError(f"{self.path}: {what}; give a JSON list or a JSONL file.")
+        self._list = _load_list(self.path) if _starts_with_bracket(self.path) else None
+
+    def __iter__(self) -> Iterator[tuple[int, int, dict | RecordError]]:
+        """Yield (1-based line or list index, position for `at`, record or what is wrong)."""
+        if self._list is not None:
+            for index in range(len(self._list)):
+                yield index + 1, index, self.at(index)
+            return
+        with self.path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(_BOM).strip():
+                    yield number, offset, self._parse_line(line, f"line {number}")
+                offset += len(line)
+
+    def at(self, position: int) -> dict | RecordError:
+        """The record at a position that iterating gave: a byte offset, or an index of the list."""
+        if self._list is not None:
+            return self._object(self._list[position], f"record {position + 1}")
+        with self.path.open("rb") as file:
+            file.seek(position)
+            return self._parse_line(file.readline(), f"byte {position}")
+
+    def _parse_line(self, line: bytes, where: str) -> dict | RecordError:
+        try:
+            return self._object(json.loads(line.removeprefix(_BOM).decode("utf-8")), where)
+        # RecursionError: thousands of nested brackets; a bad line must not end the whole run.
+        except (ValueError, RecursionError) as error:
+            return RecordError(
+                f"{self.path}, {where}: not valid JSON ({error}); fix or remove the line."
+            )
+
+    def _object(self, value: object, where: str) -> dict | RecordError:
+        if isinstance(value, dict):
+            return value
+        return RecordError(
+            f"{self.path}, {where}: a record must be a JSON object, not {_shown(value)}."
+        )
+
+
+def read_json_records(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]:
+    """Yield (line, record) for JSONL or (index, record) for a JSON list, both counted from 1.
+
+    A malformed JSONL line, or an entry that is no object, is yielded as a RecordError and reading
+    goes on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: a malformed JSON list, with file, line and column.
+    """
+    records = JsonRecords(path)  # here, so that a missing file is reported at the call
+    return ((line, record) for line, _, record in records)
+
+
+def parse_training_record(record: object) -> TrainingRecord:
+    """Check a training record and normalise it.
+
+    Raises:
+        RecordError: not an object, no step to score, a turn or label that is not understood, or
+            ``<image>`` placeholders that do not match the images.
+    """
+    record = _require_object(record)
+    conversations = _parse_conversations(record.get("conversations"))
+    images = _parse_images(record.get("image"), "image")
+    _check_placeholders([turn["value"] for turn in conversations if turn["from"] != "gpt"], images)
+    return TrainingRecord(
+        source_id=_parse_id(record.get("id")),
+        images=images,
+        conversations=conversations,
+        dataset=_optional_text(record, "dataset"),
+    )
+
+
+def parse_meta_record(record: object) -> MetaRecord:
+    """Check a meta record: a training record with ``true_false`` and optionally ``response``.
+
+    Raises:
+        RecordError: as `parse_training_record`, or ``true_false`` is not true or false.
+    """
+    record = _require_object(record)
+    base = parse_training_record(record)
+    if not isinstance(record.get("true_false"), bool):
+        raise RecordError(
+            f"'true_false' must be true or false, not {_shown(record.get('true_false'))}."
+        )
+    return MetaRecord(
+        **vars(base),
+        true_false=record["true_false"],
+        response=_optional_text(record, "response"),
+    )
+
+
+def parse_test_record(record: object) -> TestRecord:
+    """Check a Best-of-N test record; ``true_false`` is as long as ``candidates`` (length N >= 1).
+
+    Raises:
+        RecordError: a missing question, no candidates, lengths that differ, wrong types, or
+            ``<image>`` placeholders in the question that do not match the images.
+    """
+    record = _require_object(record)
+    question = _text(record.get("question"), "'question'")
+    if not question.strip():
+        raise RecordError("'question' is empty; every test record needs one.")
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        raise RecordError(f"'candidates' must be a non-empty list, not {_shown(candidates)}.")
+    true_false = record.get("true_false")
+    if not isinstance(true_false, list) or not all(isinstance(x, bool) for x in true_false):
+        raise RecordError(
+            f"'true_false' must be a list of true and false, not {_shown(true_false)}."
+        )
+    if len(true_false) != len(candidates):
+        raise RecordError(
+            f"'true_false' has {len(true_false)} entries for {len(candidates)} candidates; "
+            "give one a candidate."
+        )
+    options = record.get("options")
+    if options is not None and not isinstance(options, list):
+        raise RecordError(f"'options' must be a list of texts, not {_shown(options)}.")
+    images = _parse_images(record.get("image_path"), "image_path")
+    _check_placeholders([question], images)
+    return TestRecord(
+        question=question,
+        images=images,
+        candidates=[_text(text, f"candidates[{i}]") for i, text in enumerate(candidates)],
+        true_false=true_false,
+        id=_parse_id(record.get("id")),
+        subject=_optional_text(record, "subject"),
+        answer=_optional_text(record, "answer"),
+        options=options and [_text(text, f"options[{i}]") for i, text in enumerate(options)],
+    )
+
+
+def check_image(data: bytes, max_pixels: int = 64_000_000) -> tuple[int, int]:
+    """Decode an image in full and return (width, height) in pixels, as the header gives them.
+
+    An EXIF orientation is not applied; of an animation only the first frame is decoded.
+
+    Raises:
+        RecordError: not JPEG, PNG, WEBP, BMP or GIF, truncated or broken, of zero size, or more
+            than ``max_pixels`` pixels (refused from the header, before anything is decoded).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width < 1 or height < 1:
+                    raise RecordError(f"the image is {width}x{height}: it has no pixels.")
+                if width * height > max_pixels:
+                    raise RecordError(
+                        f"the image has too many pixels ({width}x{height}, more than "
+                        f"{max_pixels:,}); make it smaller."
+                    )
+                image.load()
+    except RecordError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RecordError(
+            f"the image has too many pixels (more than {max_pixels:,}); make it smaller."
+        ) from error
+    except Image.UnidentifiedImageError as error:
+        raise RecordError(
+            f"not an image in a supported format ({', '.join(IMAGE_FORMATS)}), or its header is "
+            "damaged; convert or replace the file."
+        ) from error
+    # Pillow's decoders raise nearly anything on hostile bytes: OSError, SyntaxError, struct.error.
+    except Exception as error:
+        raise RecordError(
+            f"the image is truncated or broken ({error}); replace the file."
+        ) from error
+    return width, height
+
+
+def _starts_with_bracket(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(_BOM).lstrip()
+        while not start and (block := file.read(4096)):
+            start = block.lstrip()
+    return start.startswith(b"[")
+
+
+def _load_list(path: Path) -> list:
+    data = path.read_bytes()
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where, what = f"line {error.lineno}, column {error.colno}", error.msg
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        where, what = f"line {line}, column {column}", "not UTF-8"
+    except (ValueError, RecursionError) as error:
+        where, what = "line 1, column 1", str(error)
+    raise RecordError(f"{path}, {where}: the JSON list is malformed ({what}); fix the file.")
+
+
+def _require_object(record: object) -> dict:
+    if not isinstance(record, dict):
+        raise RecordError(f"a record must be a JSON object, not {_shown(record)}.")
+    return record
+
+
+def _parse_conversations(value: object) -> list[dict]:
+    if not isinstance(value, list) or not value:
+        raise RecordError(f"'conversations' must be a non-empty list, not {_shown(value)}.")
+    turns: list[dict] = []
+    for i, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise RecordError(f"conversations[{i}] must be an object, not {_shown(turn)}.")
+        speaker, text = turn.get("from"), turn.get("value")
+        if speaker == "gpt":
+            if not any(earlier["from"] == "human" for earlier in turns):
+                raise RecordError(f"conversations[{i}]: a gpt turn comes before any human turn.")
+            label = text.strip() if isinstance(text, str) else text
+            if label is not None and label not in ("+", "-"):
+                raise RecordError(
+                    f"conversations[{i}]: a gpt turn must be '+', '-' or null, not {_shown(text)}."
+                )
+            turns.append({"from": speaker, "value": label})
+        elif speaker in ("human", "system"):
+            text = _text(text, f"conversations[{i}] ({speaker})")
+            turns.append({"from": speaker, "value": text})
+        else:
+            raise RecordError(
+                f"conversations[{i}]: 'from' must be system, human or gpt, not {_shown(speaker)}."
+            )
+    if turns and not any(turn["from"] == "gpt" for turn in turns):
+        raise RecordError("'conversations' has no step: add a gpt turn ('+', '-' or null).")
+    return turns
+
+
+def _parse_images(value: object, key: str) -> list[str]:
+    paths = [] if value is None else value if isinstance(value, list) else [value]
+    for path in paths:
+        if not _text(path, f"'{key}'").strip():
+            raise RecordError(f"'{key}' is an empty path; leave it out when there is no image.")
+    return paths
+
+
+def _check_placeholders(texts: list[str], images: list[str]) -> None:
+    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if placeholders not in (0, len(images)):
+        raise RecordError(
+            f"the text has {placeholders} {IMAGE_PLACEHOLDER} for {len(images)} image(s); "
+            "use one an image, or none."
+        )
+
+
+def _parse_id(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return "" if value is None else _text(value, "'id'")
+
+
+def _optional_text(record: dict, key: str) -> str:
+    value = record.get(key)
+    return "" if value is None else _text(value, f"'{key}'")
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"{what} must be text, not {_shown(value)}.")
+    # JSON can spell half of a surrogate pair; such text can be neither stored nor tokenized.
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise RecordError(f"{what} holds half a surrogate pair; write it as valid Unicode.")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut so that a hostile one does not fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,141 @@
+"""The PRM: InternVL with logits only where a step is scored."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AutoTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
+
+if TYPE_CHECKING:
+    from dreamprm_dist.data.collate import Batch
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class PRM(nn.Module):
+    """InternVL as a process reward model.
+
+    `forward` returns logits at the step positions alone: hidden states are gathered before the
+    language-model head, so nothing of size sequence x vocabulary is ever made.
+    """
+
+    def __init__(self, model: InternVLForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    @property
+    def tile_size(self) -> int:
+        """Side of an image tile in pixels."""
+        return self.model.config.vision_config.image_size[0]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.model.config.image_seq_length
+
+    @property
+    def max_length(self) -> int:
+        """Context length in tokens."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (n, vocabulary) at the batch's n step positions."""
+        hidden = self.model.model(
+            input_ids=batch.input_ids, pixel_values=batch.pixel_values, use_cache=False
+        ).last_hidden_state
+        hidden = hidden[batch.step_rows, batch.step_positions]
+        if batch.pixel_values is None and self.training:
+            hidden = hidden + 0.0 * self._blank_image_features().sum()
+        return self.model.lm_head(hidden)
+
+    def _blank_image_features(self) -> Tensor:
+        # Every parameter must take part in every backward pass: ZeRO reduces gradients in the order
+        # in which they appear, which must be the same on all ranks, also on one without an image.
+        tile = torch.zeros(1, 3, self.tile_size, self.tile_size, device=self.model.device)
+        return self.model.get_image_features(tile).pooler_output
+
+    @contextlib.contextmanager
+    def forward_mode(self) -> Iterator[None]:
+        """Run a block with attention that forward-mode differentiation knows: no flash kernel."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("sdpa")
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def freeze(self, vision_tower: bool, language_model: bool) -> None:
+        """Choose what is trained; the projector between the two always is."""
+        self.model.model.vision_tower.requires_grad_(not vision_tower)
+        self.model.model.language_model.requires_grad_(not language_model)
+        self.model.lm_head.requires_grad_(not language_model)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in backward passes.
+
+        Non-reentrant: reentrant checkpointing returns wrong forward-mode tangents silently.
+        """
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def attention_implementation(device: torch.device) -> str:
+    """flash_attention_2 on CUDA when the flash-attn package is there, else torch's SDPA."""
+    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | None = None) -> PRM:
+    """Load a PRM from a local folder or the hub, weights from safetensors only, no remote code.
+
+    Raises:
+        ValueError: the folder or its config is not an InternVL checkpoint of transformers' layout.
+    """
+    _check_layout(name_or_path)
+    device = device or torch.device("cpu")
+    model = InternVLForConditionalGeneration.from_pretrained(
+        name_or_path,
+        dtype=PRECISIONS[precision],
+        attn_implementation=attention_implementation(device),
+        use_safetensors=True,
+    )
+    _remove_dropout(model)
+    return PRM(model).to(device)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; a missing padding token becomes the end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_layout(name_or_path: str) -> None:
+    model_type = InternVLConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if model_type != InternVLConfig.model_type:
+        raise ValueError(
+            f"reward_model {name_or_path}: its config.json says model_type {model_type!r}, not "
+            f"{InternVLConfig.model_type!r}; give a checkpoint in transformers' InternVL layout, "
+            "such as OpenGVLab/InternVL3-1B-hf"
+        )
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    # The hypergradient differentiates the loss again at the same point: both passes must be the
+    # same function.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests: a tiny model, a small data set, the reference facts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_tools.demo_data import make_demo_data
+from data_tools.demo_model import data_texts, make_tiny_model
+from data_tools.shard import shard_file
+from dreamprm_dist import distributed
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small demo data set: 64 training records, 32 meta records, 12 test questions."""
+    out = tmp_path_factory.mktemp("demo_data")
+    make_demo_data(out, seed=0, num_train=64, num_meta=32, num_test=12)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_prm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -> Path:
+    """A model folder: the demo's tiny InternVL with random weights, tokenizer and processor."""
+    return make_tiny_model(tmp_path_factory.mktemp("prm"), data_texts(tiny_data_dir), seed=0)
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Facts computed with the reference implementation, which lie beside the project."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "reference"
+    if not path.is_dir():
+        pytest.skip(f"no reference facts at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -> Path:
+    """The small demo data set in 4 shards a level: folders `train` and `meta`."""
+    out = tmp_path_factory.mktemp("shards")
+    shard_file(tiny_data_dir / "train.json", out / "train", "training", 4, progress=False)
+    shard_file(tiny_data_dir / "meta.json", out / "meta", "meta", 4, progress=False)
+    return out
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one rank on the CPU."""
+    distributed.initialize("cpu")
+    yield
+    distributed.shutdown()

@@ -1,0 +1,121 @@
+"""The chat format and the tiling, against facts computed with the reference implementation."""
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dreamprm_dist.prm import encode_conversation, tile_grid
+from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT
+from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles, num_tiles
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_prm_dir: Path):
+    return AutoTokenizer.from_pretrained(tiny_prm_dir)
+
+
+def turns(*labels, question="q"):
+    steps = [({"from": "human", "value": "step"}, {"from": "gpt", "value": v}) for v in labels]
+    return [{"from": "human", "value": question}, *(turn for step in steps for turn in step)]
+
+
+def test_all_reference_conversations(reference_dir: Path):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(reference_dir / "tokenizer" / "tokenizer.json")
+    )
+    records = json.loads((reference_dir / "mmmu_pro_meta_sample.json").read_text())
+    facts = json.loads((reference_dir / "label_positions.json").read_text())
+    assert len(facts) == 160
+    for fact in facts:
+        record = copy.deepcopy(records[fact["row"]])
+        labels = iter(fact["labels"])
+        for turn in record["conversations"]:
+            if turn["from"] == "gpt":
+                turn["value"] = next(labels)
+        encoded = encode_conversation(record["conversations"], tokenizer, fact["tiles"])
+        assert len(encoded.input_ids) == fact["num_tokens"]
+        assert encoded.step_positions == fact["positions"]
+        assert encoded.step_targets == fact["targets"]
+        assert encoded.input_ids[-12:] == fact["tail_ids"]
+
+
+def test_all_reference_tilings(reference_dir: Path):
+    cases = json.loads((reference_dir / "tiling_cases.json").read_text())
+    assert len(cases) > 100
+    for case in cases:
+        size = (case["width"], case["height"], case["max_num"])
+        assert tile_grid(*size) == (case["columns"], case["rows"])
+        assert num_tiles(*size) == case["tiles"]
+
+
+def test_a_step_is_read_where_the_model_is_about_to_answer(tokenizer):
+    encoded = encode_conversation(turns("+", "-"), tokenizer, 1, tokens_per_tile=3)
+    plus, minus = (tokenizer.convert_tokens_to_ids(label) for label in "+-")
+    assert encoded.step_targets == [plus, minus]
+    for position, shown in zip(encoded.step_positions, (plus, minus), strict=True):
+        assert encoded.input_ids[position + 1] == shown
+        assert tokenizer.decode(encoded.input_ids[: position + 1]).endswith("assistant\n")
+
+
+def test_unlabelled_steps_have_no_target_and_show_plus(tokenizer):
+    given = encode_conversation(turns(None, "-"), tokenizer, 1)
+    plus = encode_conversation(turns("+", "-"), tokenizer, 1)
+    assert given.step_targets[0] == IGNORE_INDEX
+    assert given.input_ids == plus.input_ids and given.step_positions == plus.step_positions
+
+
+def test_label_context_plus_shows_plus_but_keeps_targets(tokenizer):
+    shown = encode_conversation(turns("-", "-"), tokenizer, 1, label_context="plus")
+    data = encode_conversation(turns("-", "-"), tokenizer, 1)
+    neutral = encode_conversation(turns("+", "+"), tokenizer, 1)
+    assert shown.input_ids == neutral.input_ids != data.input_ids
+    assert shown.step_targets == data.step_targets
+
+
+def test_images_stand_at_their_placeholders_or_first_of_all(tokenizer):
+    image = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+    two = turns("+", question="a <image> b <image> c")
+    encoded = encode_conversation(two, tokenizer, [1, 2], tokens_per_tile=4)
+    assert encoded.input_ids.count(image) == 12
+    first = encode_conversation(turns("+"), tokenizer, [1, 2], tokens_per_tile=4)
+    text = tokenizer.decode(first.input_ids)
+    assert text.startswith("<|im_start|>user\n<img><IMG_CONTEXT>")
+    assert "</img><img>" in text
+    with pytest.raises(ValueError, match="2 <image> placeholders for 1 images"):
+        encode_conversation(two, tokenizer, [1])
+
+
+def test_text_cannot_forge_the_structure(tokenizer):
+    with pytest.raises(ValueError, match="reserved"):
+        encode_conversation(turns("+", question="<|im_end|>"), tokenizer, 1)
+
+
+def test_a_conversation_without_steps_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no step"):
+        encode_conversation(turns(), tokenizer, 1)
+
+
+def test_tiles_are_cut_row_by_row_and_end_with_the_thumbnail():
+    # Each tile of a 3 x 2 grid has a grey value of its own.
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    picture = np.kron(grey, np.ones((32, 32), dtype=np.uint8))
+    file = io.BytesIO()
+    Image.fromarray(picture).convert("RGB").save(file, "PNG")
+    tiles = image_tiles(file.getvalue(), max_tiles=6, tile_size=32)
+    assert tiles.shape == (7, 3, 32, 32)
+    back = tiles * np.array(IMAGENET_STD)[:, None, None] + np.array(IMAGENET_MEAN)[:, None, None]
+    # Away from the borders, where bicubic resampling leaves constant areas as they are.
+    centres = (back[:6, 0, 16, 16] * 255).round()
+    assert centres.tolist() == grey.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("size", [(0, 5, 1), (5, 0, 1), (5, 5, 0)])
+def test_impossible_sizes_are_refused(size):
+    with pytest.raises(ValueError, match="at least 1"):
+        tile_grid(*size)

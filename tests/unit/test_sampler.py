@@ -1,0 +1,59 @@
+"""Which rows a global batch holds is a pure function of integers, tested without processes."""
+
+import itertools
+
+import pytest
+
+from dreamprm_dist.data.sampler import check_divisible, owned_shards, rank_draws
+
+ROWS = [5, 4, 4, 4, 4, 4, 4, 4]
+SIZE = 8
+
+
+def batch(step: int, **place) -> list[tuple[int, int]]:
+    return rank_draws(step, SIZE, ROWS, seed=3, **place)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_the_content_of_a_global_batch_does_not_depend_on_the_world_size(world_size):
+    for step in range(12):
+        parts = [batch(step, rank=r, world_size=world_size) for r in range(world_size)]
+        assert sorted(itertools.chain(*parts)) == sorted(batch(step))
+        assert {len(part) for part in parts} == {SIZE // world_size}
+        for rank, part in enumerate(parts):
+            owned = owned_shards(len(ROWS), rank, world_size)
+            assert all(shard in owned for shard, _ in part)
+
+
+def test_each_shard_is_an_endless_sequence_of_permutations():
+    draws = [draw for step in range(45) for draw in batch(step)]
+    for shard, rows in enumerate(ROWS):
+        own = [row for s, row in draws if s == shard]
+        epochs = [own[i : i + rows] for i in range(0, len(own) - rows + 1, rows)]
+        assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+        assert len(set(map(tuple, epochs))) > 1
+
+
+def test_seed_level_and_step_each_change_the_order():
+    def order(**key):
+        arguments = {"seed": 1, "level": 0} | key
+        return [rank_draws(step, SIZE, ROWS, **arguments) for step in range(4)]
+
+    assert order() == order()
+    assert order() != order(seed=2)
+    assert order() != order(level=1)
+
+
+def test_a_global_batch_larger_than_the_data_draws_rows_again():
+    draws = rank_draws(0, 80, ROWS, seed=1)
+    assert len(draws) == 80 and len(set(draws)) == sum(ROWS)
+
+
+@pytest.mark.parametrize(("shards", "size", "world"), [(8, 8, 3), (8, 6, 4), (6, 8, 4)])
+def test_uneven_shares_are_refused_with_what_works(shards, size, world):
+    with pytest.raises(ValueError, match=r"use one of \[.*\] ranks"):
+        check_divisible(shards, size, world)
+
+
+def test_even_shares_pass():
+    check_divisible(8, 16, 4)
