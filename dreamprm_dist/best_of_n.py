@@ -1,0 +1,261 @@
+"""Best-of-N: score the candidate solutions of a question, choose one, count how often it is right.
+
+How N samples and a verifier are judged follows Cobbe et al., arXiv:2110.14168 (first candidate,
+verifier, oracle) and Wang et al., arXiv:2203.11171 (self-consistency).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dreamprm_dist.aggregation import AGGREGATIONS, aggregate, pad_steps
+from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
+from dreamprm_dist.data.schema import RecordError, TestRecord
+from dreamprm_dist.losses import step_scores
+from dreamprm_dist.prm.chat import label_token_ids
+from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.solutions import SYSTEM_PROMPT, candidate_conversation
+
+
+@dataclass
+class CandidateScores:
+    """One candidate solution of a question, as judged.
+
+    Attributes:
+        question: index of the question; candidates of one question share it.
+        question_id: the question's id in its file, "" when it has none.
+        candidate: index of the candidate within its question.
+        subject: the question's subject, "" when it has none.
+        step_scores: P(+) after each step.
+        answer: the extracted answer, None when it could not be parsed.
+        true_false: whether the final answer is right.
+        images: the question's image paths; questions about the same images are not independent.
+    """
+
+    question: int
+    question_id: str
+    candidate: int
+    subject: str
+    step_scores: list[float]
+    answer: str | None
+    true_false: bool
+    images: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def score_question(
+    prm: PRM,
+    tokenizer: PreTrainedTokenizerBase,
+    record: TestRecord,
+    images: Sequence[bytes],
+    *,
+    max_tiles: int,
+    device: torch.device,
+    system_prompt: str = SYSTEM_PROMPT,
+) -> list[list[float]]:
+    """P(+) after each step of each candidate; leaves the PRM in evaluation mode.
+
+    A question's candidates are one batch of their own, so that its scores do not depend on which
+    other questions a process has.
+
+    Args:
+        images: the question's encoded images, checked by `data.schema.check_image`.
+        max_tiles: most tiles of an image, thumbnail not counted.
+
+    Returns:
+        For each candidate its step scores.
+
+    Raises:
+        RecordError: a candidate cannot be encoded.
+        ValueError: a step score is not a number.
+    """
+    input_format = InputFormat(
+        max_tiles, prm.tile_size, prm.tokens_per_tile, prm.max_length, label_context="plus"
+    )
+    instances = []
+    for index, solution in enumerate(record.candidates):
+        try:
+            conversation = candidate_conversation(record.question, solution, system_prompt)
+            instances.append(encode_instance(conversation, images, tokenizer, input_format))
+        except ValueError as error:
+            raise RecordError(f"candidate {index}: {error}") from error
+    batch = collate(instances, tokenizer.pad_token_id).to(device)
+    prm.eval()
+    scores = step_scores(prm(batch), label_token_ids(tokenizer)["+"]).cpu()
+    rows = batch.step_rows.cpu()
+    if scores.isnan().any():
+        raise ValueError(
+            f"question {record.id!r}, candidate {int(rows[scores.isnan()][0])}: a step score is "
+            "not a number; the model's weights are broken or overflow in this precision, try fp32"
+        )
+    return [part.tolist() for part in scores.split(torch.bincount(rows).tolist())]
+
+
+def aggregate_candidates(
+    scores: Sequence[Sequence[float]], aggregations: Iterable[str] = tuple(AGGREGATIONS)
+) -> dict[str, list[float]]:
+    """Every aggregation of each candidate of one question, in float64.
+
+    Args:
+        scores: for each of N candidates its step scores.
+
+    Returns:
+        Name of the aggregation -> N numbers.
+    """
+    values = torch.tensor([s for steps in scores for s in steps], dtype=torch.float64)
+    lengths = torch.tensor([len(steps) for steps in scores])
+    rows = torch.arange(len(scores)).repeat_interleave(lengths)
+    padded, mask = pad_steps(values, rows, len(scores))
+    return {name: aggregate(name, padded, mask).tolist() for name in aggregations}
+
+
+def select(scores: Sequence[float]) -> int:
+    """The index of the highest score; ties go to the first.
+
+    Raises:
+        ValueError: there is no score, or one is not a number.
+    """
+    if not scores:
+        raise ValueError("cannot select from no candidates; give at least one score")
+    for index, score in enumerate(scores):
+        if math.isnan(score):
+            raise ValueError(f"cannot select: the score of candidate {index} is not a number")
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def judge(
+    candidates: Iterable[CandidateScores], aggregations: Iterable[str] = tuple(AGGREGATIONS)
+) -> dict:
+    """Accuracies of every way to choose among the candidates of each question.
+
+    `first`: the first candidate. `random`: the expected accuracy of a uniform choice.
+    `self_consistency`: the most frequent answer, ties to the one that appears first; it is right
+    when the first candidate that has it is. Unparsed candidates do not vote, and a question
+    without any vote counts as wrong. `oracle`: any candidate is right. `prm`: the candidate with
+    the highest aggregate, for each aggregation.
+
+    Returns:
+        `num_questions`, `num_candidates`, `num_unparsed` (candidates), `accuracy` (the above),
+        `by_subject` (the same for each subject, when there are subjects) and, question by question
+        for paired statistics, `question_ids`, `question_images`, `first_correct` and
+        `selected_correct`.
+
+    Raises:
+        ValueError: there is no candidate, an aggregation is unknown, or a score is not a number.
+    """
+    by_question: dict[int, list[CandidateScores]] = {}
+    for candidate in candidates:
+        by_question.setdefault(candidate.question, []).append(candidate)
+    if not by_question:
+        raise ValueError("there is nothing to judge: no candidate was scored")
+    names = tuple(aggregations)
+    questions = [_Outcome.of(group, names) for group in by_question.values()]
+    results = _summary(questions)
+    if subjects := sorted({question.subject for question in questions} - {""}):
+        results["by_subject"] = {
+            subject: _summary([q for q in questions if q.subject == subject])
+            for subject in subjects
+        }
+    return results | {
+        "question_ids": [question.id for question in questions],
+        "question_images": [question.images for question in questions],
+        "first_correct": [question.first for question in questions],
+        "selected_correct": {name: [q.prm[name] for q in questions] for name in names},
+    }
+
+
+@dataclass
+class _Outcome:
+    """Which choices are right for one question."""
+
+    id: str
+    images: list[str]
+    subject: str
+    num_candidates: int
+    num_unparsed: int
+    first: bool
+    random: float
+    self_consistency: bool
+    oracle: bool
+    prm: dict[str, bool]
+
+    @classmethod
+    def of(cls, group: list[CandidateScores], aggregations: tuple[str, ...]) -> "_Outcome":
+        right = [candidate.true_false for candidate in group]
+        answers = [candidate.answer for candidate in group]
+        totals = aggregate_candidates([c.step_scores for c in group], aggregations)
+        return cls(
+            id=group[0].question_id,
+            images=group[0].images,
+            subject=group[0].subject,
+            num_candidates=len(group),
+            num_unparsed=answers.count(None),
+            first=right[0],
+            random=fmean(right),
+            self_consistency=_majority_is_right(answers, right),
+            oracle=any(right),
+            prm={name: right[select(scores)] for name, scores in totals.items()},
+        )
+
+
+def _majority_is_right(answers: list[str | None], right: list[bool]) -> bool:
+    votes = Counter(answer for answer in answers if answer is not None)
+    # A Counter keeps the order of first appearance, and max() keeps the first of equals.
+    return bool(votes) and right[answers.index(max(votes, key=votes.__getitem__))]
+
+
+def _summary(questions: list[_Outcome]) -> dict:
+    accuracy: dict = {
+        name: fmean(getattr(question, name) for question in questions)
+        for name in ("first", "random", "self_consistency", "oracle")
+    }
+    accuracy["prm"] = {name: fmean(q.prm[name] for q in questions) for name in questions[0].prm}
+    return {
+        "num_questions": len(questions),
+        "num_candidates": sum(question.num_candidates for question in questions),
+        "num_unparsed": sum(question.num_unparsed for question in questions),
+        "accuracy": accuracy,
+    }
+
+
+def clustered_bootstrap(
+    differences: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable],
+    num_samples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of paired differences and its percentile 95 % interval, resampling whole clusters.
+
+    Questions about one image are not independent; drawing clusters instead of questions keeps the
+    interval honest (Field and Welsh, JRSS B 69, 2007).
+
+    Args:
+        differences: shape (Q,), for each question the difference between two methods.
+        clusters: for each question its cluster, such as its image.
+
+    Returns:
+        (mean, low, high) in the unit of the differences.
+
+    Raises:
+        ValueError: the two differ in length or are empty.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) != len(clusters) or not len(values):
+        raise ValueError(
+            f"{len(values)} differences and {len(clusters)} clusters; give one cluster a difference"
+        )
+    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    members = np.array([index[cluster] for cluster in clusters])
+    sums, sizes = np.bincount(members, weights=values), np.bincount(members)
+    generator = np.random.default_rng(seed)
+    # One sample at a time: all at once would hold num_samples x clusters numbers.
+    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(num_samples))
+    means = [sums[draw].sum() / sizes[draw].sum() for draw in draws]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)

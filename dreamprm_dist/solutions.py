@@ -1,0 +1,107 @@
+"""A solution's text: its steps, its answer, and the conversation in which the PRM judges it."""
+
+import re
+
+# The released checkpoints were trained with exactly this text.
+SYSTEM_PROMPT = """\
+You are an advanced AI assistant, designed to serve as a process supervision model. \
+In this task, I will provide a problem statement followed by the first step of the solution \
+process. For each subsequent turn, I will give you a new step in the solution. Your role is to \
+assess whether the solution process is correct up to the current step.
+
+- In the **first round**, I will input the problem and the first step of the solution process.
+- In **each subsequent round**, I will provide the next step in the solution.
+
+For each step, you should:
+- Respond with **"+"** if you believe the solution process is correct up to this step.
+- Respond with **"-"** if you detect any issues or errors in the process up to this step.
+
+Please note:
+- Only respond with **"+"** or **"-"**. Do not provide any additional explanations, comments, or \
+justifications.
+
+Your task is to verify the accuracy and correctness of each step in the given solution process."""
+
+QUESTION_PREFIX = "### Question:\n"
+
+_REASONING_MARKER = re.compile(r"\A\s*\[Reasoning\]")
+# `Answer:` alone on its line belongs to the text that follows it.
+_ANSWER_SPACE = re.compile(r"^([ \t]*Answer:)\s+(?=\S)", re.MULTILINE)
+# A step begins after a blank line, at a numbered line (`2. …`, `2) …`) and at the answer. The
+# boundaries consume white space only, so no number can be lost with them.
+_STEP_BOUNDARY = re.compile(r"\n[^\S\n]*\n|\n(?=\d{1,3}[.)]\s)|\n(?=[ \t]*Answer:)")
+
+_ANSWER_MARKER = re.compile(r"^[ \t]*[*#]*[ \t]*Answer[*]*[ \t]*:", re.MULTILINE | re.IGNORECASE)
+_IN_PARENTHESES = re.compile(r"\(([^()]*)\)")
+
+
+def split_steps(solution: str) -> list[str]:
+    """Split a solution into its steps.
+
+    A leading `[Reasoning]` marker is dropped. Steps are separated by blank lines; a line that
+    starts with a number (`2. …`, `2) …`) and an `Answer: …` line also begin a step of their own.
+    Every other character is kept but the white space around a step.
+
+    Returns:
+        The steps in order; empty for a solution without text.
+    """
+    text = _REASONING_MARKER.sub("", solution.replace("\r\n", "\n"))
+    text = _ANSWER_SPACE.sub(r"\1 ", text)
+    return [step for part in _STEP_BOUNDARY.split(text) if (step := part.strip())]
+
+
+def extract_answer(solution: str) -> str | None:
+    """The final answer of a solution, normalised so that equal answers are equal strings.
+
+    It is the first line of what follows the last `Answer:`, without surrounding white space,
+    parentheses, full stops and `**`; a single letter is upper case. A solution that is nothing but
+    one letter is its own answer.
+
+    Returns:
+        The answer, or None when there is none: such a solution is "unparsed".
+    """
+    markers = list(_ANSWER_MARKER.finditer(solution))
+    if not markers:
+        answer = _normalise(_REASONING_MARKER.sub("", solution))
+        return answer if len(answer) == 1 and answer.isalpha() else None
+    first_line = solution[markers[-1].end() :].strip().partition("\n")[0]
+    return _normalise(first_line) or None
+
+
+def _normalise(answer: str) -> str:
+    previous = None
+    while answer != previous:
+        previous = answer
+        answer = answer.strip().strip("*").rstrip(".")
+        if match := _IN_PARENTHESES.fullmatch(answer):
+            answer = match[1]
+    return answer.upper() if len(answer) == 1 else answer
+
+
+def candidate_conversation(
+    question: str, solution: str, system_prompt: str = SYSTEM_PROMPT
+) -> list[dict[str, str | None]]:
+    """The conversation in which the PRM scores every step of a candidate solution.
+
+    Args:
+        question: the question, with its options where it has any.
+        solution: the candidate's text.
+        system_prompt: what the PRM was told in training.
+
+    Returns:
+        Turns `{"from", "value"}`: the system prompt, the question, then for each step a human turn
+        and an unlabelled `gpt` turn.
+
+    Raises:
+        ValueError: the solution has no text.
+    """
+    steps = split_steps(solution)
+    if not steps:
+        raise ValueError("the solution has no step: its text is empty; remove it from the file")
+    conversation: list[dict[str, str | None]] = [
+        {"from": "system", "value": system_prompt},
+        {"from": "human", "value": QUESTION_PREFIX + question},
+    ]
+    for step in steps:
+        conversation += [{"from": "human", "value": step}, {"from": "gpt", "value": None}]
+    return conversation

@@ -1,0 +1,159 @@
+"""A solution's text: no character lost in splitting, answers that compare, the conversation."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreamprm_dist.solutions import (
+    QUESTION_PREFIX,
+    SYSTEM_PROMPT,
+    candidate_conversation,
+    extract_answer,
+    split_steps,
+)
+
+
+@pytest.mark.parametrize(
+    ("solution", "steps"),
+    [
+        ("[Reasoning]\nOne.\n\nTwo.\n\nAnswer: B", ["One.", "Two.", "Answer: B"]),
+        ("One.\nstill one.\nAnswer: B", ["One.\nstill one.", "Answer: B"]),
+        ("The total is 42. Therefore it fits.", ["The total is 42. Therefore it fits."]),
+        ("y = 12. Then\n\nx = 3) and 4. So", ["y = 12. Then", "x = 3) and 4. So"]),
+        ("1. a\n2. b\n 3. c", ["1. a", "2. b\n 3. c"]),
+        ("1.5 m\n2.5 m", ["1.5 m\n2.5 m"]),
+        ("a\n \t\nb\n\n\n\nc", ["a", "b", "c"]),
+        ("a\r\n\r\nb\r\nAnswer: C\r\n", ["a", "b", "Answer: C"]),
+        ("a\n\nAnswer:\nC", ["a", "Answer: C"]),
+        ("a\n\nAnswer:\n\nC", ["a", "Answer: C"]),
+        ("[Reasoning]\n\n[Reasoning] again", ["[Reasoning] again"]),
+        ("The answer: none. Answer: is asked", ["The answer: none. Answer: is asked"]),
+        ("A", ["A"]),
+        ("[Reasoning]\n \n", []),
+        ("", []),
+    ],
+)
+def test_split_steps(solution: str, steps: list[str]) -> None:
+    assert split_steps(solution) == steps
+
+
+pieces = st.sampled_from(
+    ["\n\n", "\n", " ", "42.", "1) ", "2. x", "Answer:", "Answer: B", "é", "-"]
+)
+
+
+@given(st.one_of(st.text(), st.lists(pieces, max_size=30).map("".join)))
+def test_split_steps_loses_white_space_only(text: str) -> None:
+    steps = split_steps("[Reasoning]\n" + text)
+    assert "".join("".join(steps).split()) == "".join(text.split())
+    assert all(step == step.strip() != "" for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("So it is.\n\nAnswer: B", "B"),
+        ("Answer: A\n\nNo, wait.\n\nAnswer: c", "C"),
+        ("Answer: (d).", "D"),
+        ("Answer: **(E)**.", "E"),
+        ("**Answer:** B", "B"),
+        ("**Answer: B**", "B"),
+        ("answer: b", "B"),
+        ("Answer:\nC", "C"),
+        ("Answer: C\nbecause of that", "C"),
+        ("Answer: 3.14", "3.14"),
+        ("Answer: C > D > A > B", "C > D > A > B"),
+        ("Answer: (a) or (b)", "(a) or (b)"),
+        ("Answer: no", "no"),
+        ("B", "B"),
+        ("[Reasoning]\n(b)", "B"),
+        ("It is B", None),
+        ("Answer:", None),
+        ("Answer: **.**", None),
+        ("Answer: B\n\nAnswer:", None),
+        ("The final answer: B is wrong", None),
+        ("7", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(solution: str, answer: str | None) -> None:
+    assert extract_answer(solution) == answer
+
+
+@given(st.text(min_size=1))
+def test_a_normalised_answer_is_normal(text: str) -> None:
+    answer = extract_answer(f"Answer: {text}")
+    # A text with a line break is cut there, so it is no answer line of its own.
+    assert answer is None or "\n" not in answer
+    assert answer is None or extract_answer(f"Answer: {answer}") == answer
+
+
+def test_conversation() -> None:
+    turns = candidate_conversation("What is it?", "[Reasoning]\nSee.\nAnswer: B")
+    assert turns == [
+        {"from": "system", "value": SYSTEM_PROMPT},
+        {"from": "human", "value": "### Question:\nWhat is it?"},
+        {"from": "human", "value": "See."},
+        {"from": "gpt", "value": None},
+        {"from": "human", "value": "Answer: B"},
+        {"from": "gpt", "value": None},
+    ]
+
+
+def test_empty_solution() -> None:
+    with pytest.raises(ValueError, match="no step"):
+        candidate_conversation("What is it?", "[Reasoning]\n")
+
+
+# --- the reference's records ---------------------------------------------------------------
+
+# In these the reference's splitter took a number before a full stop or a parenthesis for a list
+# item: it cut there and dropped the number ("y = 12. Then" became "y =" and "Then").
+NUMBERS_LOST = {28, 32, 35, 44, 47, 64, 69, 72, 93, 95, 106, 111, 124, 128, 142, 148, 152, 153, 155}
+LIST_NUMBER = re.compile(r"(?<!\S)\d+[.)](?!\S)")
+
+
+@pytest.fixture(scope="module")
+def records(reference_dir: Path) -> list[dict]:
+    return json.loads((reference_dir / "mmmu_pro_meta_sample.json").read_text(encoding="utf-8"))
+
+
+def human_turns(conversation: list[dict]) -> list[str]:
+    return [turn["value"] for turn in conversation if turn["from"] == "human"]
+
+
+def ours(record: dict) -> list[dict]:
+    question = human_turns(record["conversations"])[0]
+    assert question.startswith(QUESTION_PREFIX)
+    return candidate_conversation(question.removeprefix(QUESTION_PREFIX), record["response"])
+
+
+def test_conversations_are_the_references(records: list[dict]) -> None:
+    assert len(records) == 160
+    for record in records:
+        assert ours(record)[0] == record["conversations"][0]
+    different = {
+        index
+        for index, record in enumerate(records)
+        if human_turns(ours(record)) != human_turns(record["conversations"])
+    }
+    assert different == NUMBERS_LOST
+
+
+def test_records_that_differ_do_so_by_lost_numbers(records: list[dict]) -> None:
+    def characters(turns: list[str], pattern: re.Pattern = LIST_NUMBER) -> str:
+        return "".join(pattern.sub(" ", "\n".join(turns)).split())
+
+    never = re.compile(r"(?!)")
+    for index in NUMBERS_LOST:
+        our_turns = human_turns(ours(records[index]))
+        their_turns = human_turns(records[index]["conversations"])
+        assert characters(our_turns) == characters(their_turns), index
+        assert len(characters(our_turns, never)) > len(characters(their_turns, never)), index
+        assert characters(our_turns[1:], never).endswith(
+            characters([records[index]["response"].removeprefix("[Reasoning]")], never)
+        )
