@@ -1,0 +1,178 @@
+"""The PRM under DeepSpeed ZeRO: build, lower step, meta gradient. The only user of deepspeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dreamprm_dist import distributed
+from dreamprm_dist.config import TrainConfig
+from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.schedules import build_schedule
+
+# DeepSpeed's shared-memory collectives for CPUs are compiled at the first start, want AVX, and hang
+# when a rank dies; gloo does without all three.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+
+
+@dataclass
+class LowerStep:
+    """What a lower step saw on this rank; tensors hold its part of the global batch in order.
+
+    Attributes:
+        losses: unweighted instance losses before the step.
+        weights: the weights they were multiplied with.
+        gradient_norm: global norm of the averaged gradient before clipping.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    gradient_norm: float
+
+
+class Engine:
+    """A PRM whose optimizer state and gradients are sharded by ZeRO.
+
+    Attributes:
+        module: the PRM. Forward passes outside the lower step go through it and not through
+            DeepSpeed, whose hooks expect every backward pass to be its own.
+        parameters: the trained parameters by name.
+    """
+
+    def __init__(self, prm: PRM, config: TrainConfig, num_steps: int, device: torch.device):
+        self.device = device
+        prm.train()  # dropout is removed at load; only activation checkpointing reads the mode
+        parameters = [p for p in prm.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("every parameter is frozen; unfreeze the vision tower or the model")
+        lower = config.lower
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=lower.lr,
+            betas=(lower.momentum, 0.999),
+            weight_decay=lower.weight_decay,
+        )
+        schedule = build_schedule(
+            lower.scheduler_type,
+            optimizer,
+            num_steps,
+            lower.scheduler_step_size,
+            lower.scheduler_gamma,
+        )
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=prm,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            model_parameters=parameters,
+            config=deepspeed_config(config, device),
+            dist_init_required=False,
+        )
+        self.module: PRM = self._deepspeed.module
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next lower step."""
+        return self._deepspeed.optimizer.param_groups[0]["lr"]
+
+    def lower_step(
+        self, micro_batches: Sequence[Batch], weigh: Callable[[Tensor], Tensor]
+    ) -> LowerStep:
+        """One optimizer step on (1/G) sum_i w_i l_i over the global batch of G instances.
+
+        Args:
+            micro_batches: this rank's part, as many as the accumulation steps, of equal size.
+            weigh: sample IDs (B,) to detached weights (B,).
+        """
+        all_losses, all_weights = [], []
+        for batch in micro_batches:
+            logits = self._deepspeed(batch)
+            losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+            weights = weigh(batch.sample_ids)
+            # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by B:
+            # together 1/G.
+            self._deepspeed.backward((weights * losses).mean())
+            self._deepspeed.step()
+            all_losses.append(losses.detach())
+            all_weights.append(weights)
+        return LowerStep(
+            torch.cat(all_losses),
+            torch.cat(all_weights),
+            float(self._deepspeed.get_global_grad_norm()),
+        )
+
+    def meta_gradient(
+        self, micro_batches: Sequence[Batch], loss: Callable[[Tensor, Batch], Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """v, the gradient of the meta loss, averaged over the global meta batch.
+
+        Taken around DeepSpeed: ZeRO's state stays as it is.
+
+        Args:
+            micro_batches: this rank's part of the meta batch, of equal size.
+            loss: logits at the step positions and the batch to losses (B,).
+
+        Returns:
+            v by parameter name, the same on every rank, and this rank's losses.
+        """
+        parameters = list(self.parameters.values())
+        total: list[Tensor] | None = None
+        all_losses = []
+        for batch in micro_batches:
+            losses = loss(self.module(batch), batch)
+            gradients = torch.autograd.grad(
+                losses.mean() / len(micro_batches), parameters, materialize_grads=True
+            )
+            all_losses.append(losses.detach())
+            if total is None:
+                total = [g if len(micro_batches) == 1 else g.float() for g in gradients]
+            else:
+                torch._foreach_add_(total, [g.float() for g in gradients])
+        assert total is not None
+        v = [t.to(p.dtype) for t, p in zip(total, parameters, strict=True)]
+        distributed.all_reduce_mean(v)
+        return dict(zip(self.parameters, v, strict=True)), torch.cat(all_losses)
+
+
+def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:
+    """The JSON of `--strategy` with what the configuration owns written into it.
+
+    Raises:
+        ValueError: the JSON sets a value that the configuration owns to something else.
+    """
+    strategy = config.run.strategy
+    if strategy == "default":
+        strategy = "zero2" if device.type == "cuda" else "zero2_cpu"
+    file = DS_CONFIGS / f"{strategy}.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    lower = config.lower
+    owned = {
+        "train_micro_batch_size_per_gpu": lower.batch_size,
+        "gradient_accumulation_steps": lower.gradient_accumulation,
+        "train_batch_size": lower.batch_size
+        * lower.gradient_accumulation
+        * distributed.world_size(),
+        "gradient_clipping": lower.gradient_clipping,
+        "bf16": {"enabled": config.model.precision == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    for key, value in owned.items():
+        if settings.get(key, value) not in (value, "auto"):
+            raise ValueError(
+                f"{file}: {key} is {settings[key]}, but the configuration says {value}; leave it "
+                "out of the file"
+            )
+    for key in ("optimizer", "scheduler"):
+        if key in settings:
+            raise ValueError(f"{file}: {key} belongs to the configuration; leave it out")
+    return settings | owned

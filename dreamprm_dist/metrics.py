@@ -1,0 +1,75 @@
+"""What a run writes down about itself: `metrics.jsonl`, phase timings."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+FIELDS = {
+    "iteration": "outer iterations done",
+    "epoch": "passes over the training data, a fraction",
+    "lower_loss": "mean instance loss of the last lower batch, before its step",
+    "weighted_loss": "the same, each instance times its weight: what the lower level minimises",
+    "meta_loss": "mean meta loss of the meta batch",
+    "lr": "learning rate of the last lower step",
+    "meta_lr": "learning rate of the upper step",
+    "gradient_norm": "global norm of the lower gradient before clipping",
+    "meta_gradient_norm": "norm of v, the meta gradient by the PRM's parameters",
+    "hypergradient_norm": "global norm of the hypergradient by the raw weights",
+    "weight_mean": "mean weight over all instances; with weight_min, _q05 … _q95, _max",
+    "samples_per_second": "training instances a second over all ranks",
+    "seconds_data": "waiting for data, on rank 0, as all seconds",
+    "seconds_lower": "lower steps",
+    "seconds_meta": "meta gradient",
+    "seconds_hypergradient": "directional derivatives",
+    "seconds_upper": "upper step",
+    "peak_memory_gib": "most memory of a rank so far (GPU memory, or resident set on a CPU)",
+}
+
+
+class MetricsWriter:
+    """Appends one JSON object a line; does nothing on other ranks than 0."""
+
+    def __init__(self, path: Path, enabled: bool):
+        self._file = path.open("a", encoding="utf-8", buffering=1) if enabled else None
+
+    def write(self, values: dict[str, float]) -> None:
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+class Phases:
+    """Seconds spent in each named phase since the last `take`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """`seconds_<phase>` of each phase; starts anew."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"seconds_{name}": value for name, value in seconds.items()}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: GPU allocations, or the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every platform
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,18 @@
+"""From raw weights to weights, as the reference names them, and the paper's projection."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamprm_dist.config import UpperConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor, UpperConfig], Tensor]] = {
+    "LeakyReLU": lambda raw, config: F.leaky_relu(raw),
+    "ReLU": lambda raw, config: F.relu(raw),
+    "No": lambda raw, config: raw,
+    "Clip": lambda raw, config: raw.clamp(config.weight_min, config.weight_max),
+    # The bounds are kept by projecting raw weights after each step, so that a weight at a bound
+    # still receives its hypergradient.
+    "Project": lambda raw, config: raw,
+}

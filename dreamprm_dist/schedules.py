@@ -1,0 +1,22 @@
+"""Learning-rate schedules, the same on both levels; one step an optimizer step of their level."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
+from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
+
+WARMUP_FRACTION = 0.05
+
+SCHEDULES = {
+    "cosine_schedule_with_warmup": lambda optimizer, num_steps, step_size, gamma: (
+        get_cosine_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * num_steps), num_steps)
+    ),
+    "step_lr": lambda optimizer, num_steps, step_size, gamma: StepLR(optimizer, step_size, gamma),
+    "constant": lambda optimizer, num_steps, step_size, gamma: get_constant_schedule(optimizer),
+}
+
+
+def build_schedule(
+    name: str, optimizer: Optimizer, num_steps: int, step_size: int, gamma: float
+) -> LRScheduler:
+    """A schedule by name over `num_steps` optimizer steps."""
+    return SCHEDULES[name](optimizer, num_steps, step_size, gamma)

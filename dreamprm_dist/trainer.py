@@ -1,0 +1,257 @@
+"""Bi-level training: lower steps on weighted data, then one upper step on the weights.
+
+Lower level: theta minimises (1/N) sum_i w_i l_i(theta). Upper level: the weights minimise the meta
+loss at the resulting theta. After an unroll of lower steps to theta',
+
+    v = grad_theta L_meta(theta'),    dL/dw_i = -(1/G) <grad l_i(theta'), v>,
+
+the one-step hypergradient of DARTS (arXiv:1806.09055) without the factor lr, for the G instances of
+the last lower batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from tqdm import tqdm
+
+from dreamprm_dist import distributed
+from dreamprm_dist.aggregation import AGGREGATIONS
+from dreamprm_dist.checkpoint import export_folder, export_prm, export_weights
+from dreamprm_dist.config import TrainConfig, save_config
+from dreamprm_dist.data.collate import Batch, InputFormat
+from dreamprm_dist.data.loader import RankBatches
+from dreamprm_dist.data.sampler import check_divisible
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.engine import Engine, LowerStep
+from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.losses import instance_losses, meta_losses
+from dreamprm_dist.metrics import MetricsWriter, Phases, peak_memory_bytes
+from dreamprm_dist.prm.chat import label_token_ids
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.reweighters import REWEIGHTERS
+
+LOWER, UPPER = 0, 1  # the data streams' levels
+
+
+class BilevelTrainer:
+    """One run, from shards to an export.
+
+    Args:
+        config: what the run is.
+        train_shards: training data.
+        meta_shards: clean data of the upper level; None for unweighted fine-tuning.
+        device: from `distributed.initialize`.
+
+    Raises:
+        ValueError: configuration, data and world size do not go together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        train_shards: ShardFolder,
+        meta_shards: ShardFolder | None,
+        device: torch.device,
+    ):
+        if config.upper.aggregation_function not in AGGREGATIONS:
+            raise ValueError(
+                f"aggregation_function {config.upper.aggregation_function!r} is unknown; choose "
+                f"from {', '.join(AGGREGATIONS)}"
+            )
+        self.config, self.device = config, device
+        self.train_shards, self.meta_shards = train_shards, meta_shards
+        self.run_folder = Path(config.run.weights_path)
+        torch.manual_seed(config.run.seed)
+
+        self.tokenizer = load_tokenizer(config.model.reward_model)
+        self.label_ids = label_token_ids(self.tokenizer)
+        prm = load_prm(config.model.reward_model, config.model.precision, device)
+        prm.freeze(config.model.freeze_vision_tower, config.model.freeze_language_model)
+        if config.model.gradient_checkpointing:
+            prm.checkpoint_activations()
+        self.format = InputFormat(
+            config.data.max_patch_num,
+            prm.tile_size,
+            prm.tokens_per_tile,
+            prm.max_length,
+            config.data.label_context,
+        )
+
+        lower, upper = config.lower, config.upper
+        self.train_batches = self._batches(
+            train_shards, LOWER, lower.batch_size, lower.gradient_accumulation
+        )
+        self.engine = Engine(prm, config, config.run.iteration_num * upper.unroll_steps, device)
+        if not config.unweighted:
+            self.meta_batches = self._batches(
+                meta_shards, UPPER, upper.meta_batch_size, upper.meta_gradient_accumulation
+            )
+            self.estimator = ESTIMATORS[upper.hypergradient]
+            self.reweighter = REWEIGHTERS[upper.reweighter](
+                upper, train_shards.rows_per_shard, config.run.iteration_num, device
+            )
+        self.phases = Phases(device)
+
+    def _batches(
+        self, shards: ShardFolder, level: int, batch_size: int, accumulation: int
+    ) -> RankBatches:
+        world_size = distributed.world_size()
+        global_batch_size = batch_size * accumulation * world_size
+        check_divisible(shards.num_shards, global_batch_size, world_size)
+        batches = RankBatches(
+            shards,
+            self.tokenizer,
+            self.format,
+            global_batch_size,
+            batch_size,
+            self.config.run.seed,
+            level,
+            distributed.rank(),
+            world_size,
+        )
+        batches.check_lengths()
+        return batches
+
+    def train(self) -> None:
+        """All iterations, with an export now and then and at the end."""
+        run, is_main = self.config.run, distributed.rank() == 0
+        if is_main:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.run_folder / "config.yaml")
+        writer = MetricsWriter(self.run_folder / "metrics.jsonl", is_main)
+        unroll_steps = self.config.upper.unroll_steps
+        lower_stream = self._stream(self.train_batches, run.iteration_num * unroll_steps)
+        meta_stream = (
+            None if self.config.unweighted else self._stream(self.meta_batches, run.iteration_num)
+        )
+        progress = tqdm(range(1, run.iteration_num + 1), desc=self._label(), disable=not is_main)
+        for iteration in progress:
+            values = self.iteration(lower_stream, meta_stream)
+            if iteration % run.log_every == 0 or iteration == run.iteration_num:
+                metrics = self._metrics(iteration, values)
+                writer.write(metrics)
+                progress.set_postfix(
+                    {k: f"{metrics[k]:.3f}" for k in ("lower_loss", "meta_loss") if k in metrics}
+                )
+            if iteration % run.save_every_iterations == 0 or iteration == run.iteration_num:
+                self.export()
+        writer.close()
+
+    def iteration(
+        self, lower_stream: Iterator[list[Batch]], meta_stream: Iterator[list[Batch]] | None
+    ) -> dict[str, Tensor | float]:
+        """One outer iteration; returns what this rank saw of it."""
+        lr = self.engine.lr
+        for _ in range(self.config.upper.unroll_steps):
+            with self.phases("data"):
+                micro_batches = [batch.to(self.device) for batch in next(lower_stream)]
+            with self.phases("lower"):
+                step = self.engine.lower_step(micro_batches, self._weigh)
+        values = {"lr": lr, "lower": step}
+        if meta_stream is None:
+            return values
+
+        with self.phases("data"):
+            meta_micro_batches = [batch.to(self.device) for batch in next(meta_stream)]
+        with self.phases("meta"):
+            v, values["meta_losses"] = self.engine.meta_gradient(
+                meta_micro_batches, self._meta_losses
+            )
+        with self.phases("hypergradient"):
+            for batch in micro_batches:
+                derivatives = self._directional_derivatives(batch, v)
+                self.reweighter.add_hypergradient(
+                    batch.sample_ids, -derivatives / self.train_batches.global_batch_size
+                )
+        values["meta_lr"] = self.reweighter.lr
+        with self.phases("upper"):
+            values["hypergradient_squared_norm"] = self.reweighter.step()
+        values["meta_gradient_norm"] = float(
+            torch.stack(torch._foreach_norm([t.float() for t in v.values()])).norm()
+        )
+        return values
+
+    def _weigh(self, sample_ids: Tensor) -> Tensor:
+        if self.config.unweighted:
+            return torch.ones(len(sample_ids), device=self.device)
+        return self.reweighter.weights(sample_ids)
+
+    def _meta_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        upper = self.config.upper
+        return meta_losses(
+            logits,
+            batch.step_rows,
+            batch.true_false,
+            self.label_ids,
+            upper.aggregation_function,
+            upper.loss_target,
+        )
+
+    def _directional_derivatives(self, batch: Batch, v: Mapping[str, Tensor]) -> Tensor:
+        """<grad l_i, v> at the present parameters for each instance of a micro-batch, (B,)."""
+        module = self.engine.module
+
+        def losses(parameters: Mapping[str, Tensor]) -> Tensor:
+            logits = functional_call(module, dict(parameters), (batch,))
+            return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+
+        mode = module.forward_mode() if self.estimator.forward_mode else contextlib.nullcontext()
+        with mode:
+            return self.estimator.function(losses, self.engine.parameters, v)
+
+    def _stream(self, batches: RankBatches, count: int) -> Iterator[list[Batch]]:
+        return batches.stream(0, count, self.config.data.num_workers, self.device)
+
+    def _label(self) -> str:
+        run = self.config.run
+        return "cold start" if run.retrain else "baseline" if run.baseline else "bi-level"
+
+    def _metrics(self, iteration: int, values: dict) -> dict[str, float]:
+        """Global means from what each rank saw, by the names of `metrics.FIELDS`."""
+        lower: LowerStep = values["lower"]
+        sums = [lower.losses.sum(), (lower.weights * lower.losses).sum()]
+        if "meta_losses" in values:
+            sums += [values["meta_losses"].sum(), values["hypergradient_squared_norm"]]
+        totals = distributed.all_reduce_sum(torch.stack([s.double() for s in sums])).tolist()
+        size = self.train_batches.global_batch_size
+        instances = size * self.config.upper.unroll_steps
+        metrics = {
+            "iteration": iteration,
+            "epoch": iteration * instances / self.train_shards.num_rows,
+            "lower_loss": totals[0] / size,
+            "weighted_loss": totals[1] / size,
+            "lr": values["lr"],
+            "gradient_norm": lower.gradient_norm,
+        }
+        if "meta_losses" in values:
+            metrics |= {
+                "meta_loss": totals[2] / self.meta_batches.global_batch_size,
+                "meta_lr": values["meta_lr"],
+                "meta_gradient_norm": values["meta_gradient_norm"],
+                "hypergradient_norm": math.sqrt(totals[3]),
+            }
+            metrics |= {f"weight_{k}": v for k, v in self.reweighter.statistics().items()}
+        seconds = self.phases.take()
+        peak = torch.tensor([float(peak_memory_bytes(self.device))], device=self.device)
+        return metrics | {
+            "samples_per_second": instances * self.config.run.log_every / sum(seconds.values()),
+            **seconds,
+            "peak_memory_gib": float(distributed.all_reduce_max(peak)) / 2**30,
+        }
+
+    def export(self) -> None:
+        """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""
+        weights = None if self.config.unweighted else self.reweighter.gather()
+        if distributed.rank() == 0:
+            with export_folder(self.run_folder / "export") as folder:
+                export_prm(folder, self.engine.module, self.tokenizer, self.config)
+                if weights is not None:
+                    export_weights(folder, self.train_shards, *weights)
+        distributed.barrier()

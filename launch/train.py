@@ -1,0 +1,40 @@
+"""Train a process reward model: `deepspeed --num_gpus 8 launch/train.py --config recipe.yaml`."""
+
+import sys
+from pathlib import Path
+
+from dreamprm_dist import distributed
+from dreamprm_dist.config import parse_train_config
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.trainer import BilevelTrainer
+
+
+def open_shards(path: str, kind: str, config) -> ShardFolder:
+    """The shards at `path`; a raw JSON file is sharded into a cache first, by rank 0."""
+    source = Path(path)
+    if source.is_file():
+        from data_tools.shard import cached_shards
+
+        if distributed.rank() == 0:
+            source = cached_shards(source, kind, config.num_shards, config.image_root)
+        source = Path(distributed.broadcast_text(str(source)))
+    return ShardFolder(source)
+
+
+def main() -> None:
+    try:
+        config = parse_train_config()
+        device = distributed.initialize(config.run.device)
+        train_shards = open_shards(config.data.train_json_file, "training", config.data)
+        meta_shards = None
+        if not config.unweighted:
+            meta_shards = open_shards(config.data.meta_json_file, "meta", config.data)
+        BilevelTrainer(config, train_shards, meta_shards, device).train()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

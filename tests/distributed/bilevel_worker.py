@@ -1,0 +1,112 @@
+"""Runs variants of one bi-level run under a launcher and saves what each computed.
+
+    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL SHARDS VARIANT...
+
+A variant is NAME:BATCH:ACCUMULATION[:MUTANT]; a mutant is a defect put in on purpose, to see that
+the comparison finds it.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from dreamprm_dist import distributed, engine
+from dreamprm_dist.config import parse_train_config
+from dreamprm_dist.data import loader
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.trainer import BilevelTrainer
+
+ITERATIONS = 3
+SETTINGS = """
+    --precision fp32 --num_workers 0 --device cpu --lr 1e-4 --scheduler_type constant
+    --meta_scheduler_type constant --row_update normalized_sgd --meta_lr 0.2
+    --activation_function Project --weight_min 0 --unroll_steps 2 --gradient_clipping 0.5
+""".split()
+
+
+def run(out: Path, model: str, shards: Path, batch: str, accumulation: str) -> dict:
+    config = parse_train_config(
+        [
+            *SETTINGS,
+            *("--reward_model", model, "--weights_path", str(out / "run")),
+            *("--batch_size", batch, "--gradient_accumulation", accumulation),
+            *("--meta_batch_size", batch, "--meta_gradient_accumulation", accumulation),
+            *("--iteration_num", str(ITERATIONS)),
+        ]
+    )
+    trainer = BilevelTrainer(
+        config,
+        ShardFolder(shards / "train"),
+        ShardFolder(shards / "meta"),
+        distributed.initialize("cpu"),
+    )
+    meta_gradient, directions = trainer.engine.meta_gradient, []
+
+    def recorded(*arguments):
+        v, losses = meta_gradient(*arguments)
+        directions.append(torch.cat([t.flatten() for t in v.values()]))
+        return v, losses
+
+    trainer.engine.meta_gradient = recorded
+    lower = trainer._stream(trainer.train_batches, ITERATIONS * 2)
+    meta = trainer._stream(trainer.meta_batches, ITERATIONS)
+    metrics = [
+        trainer._metrics(i, trainer.iteration(lower, meta)) for i in range(1, ITERATIONS + 1)
+    ]
+    gathered = trainer.reweighter.gather()
+    return {
+        "metrics": {
+            key: torch.tensor([m[key] for m in metrics], dtype=torch.float64)
+            for key in metrics[0]
+            if not key.startswith(("seconds", "samples", "peak"))
+        },
+        "v": torch.stack(directions),
+        "weights": None if gathered is None else gathered[1],
+    }
+
+
+def put_in(mutant: str) -> None:
+    if mutant == "v_not_averaged":
+        true_mean = distributed.all_reduce_mean
+
+        def total(tensors):
+            true_mean(tensors)
+            torch._foreach_mul_(list(tensors), float(distributed.world_size()))
+
+        engine.distributed.all_reduce_mean = total
+    elif mutant == "v_not_reduced":
+        engine.distributed.all_reduce_mean = lambda tensors: None
+    elif mutant == "swapped_shards":
+        true_draws = loader.rank_draws
+
+        def swapped(*arguments):
+            *head, rank, world_size = arguments
+            return true_draws(*head, world_size - 1 - rank, world_size)
+
+        loader.rank_draws = swapped
+    else:
+        raise ValueError(mutant)
+
+
+def main() -> None:
+    out, model, shards = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    distributed.initialize("cpu")
+    torch.set_num_threads(1)
+    for variant in sys.argv[4:]:
+        name, batch, accumulation, *mutant = variant.split(":")
+        restore = engine.distributed.all_reduce_mean, loader.rank_draws
+        if mutant:
+            put_in(*mutant)
+        try:
+            result = run(out, model, shards, batch, accumulation)
+        except ValueError as error:
+            result = {"error": str(error)}
+        engine.distributed.all_reduce_mean, loader.rank_draws = restore
+        if distributed.rank() == 0:
+            torch.save(result, out / f"{name}.pt")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

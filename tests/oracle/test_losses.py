@@ -1,0 +1,129 @@
+"""Both losses against their definitions written out in plain Python, and their memory."""
+
+import math
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.hypergradient.jvp import jvp
+from dreamprm_dist.losses import instance_losses, meta_losses, step_scores
+from dreamprm_dist.prm.chat import IGNORE_INDEX
+from dreamprm_dist.prm.model import PRM
+
+LABELS = {"+": 1, "-": 3}
+LOGITS = torch.tensor(
+    [[0.1, 2.0, -1.0, 0.5], [1.0, 0.0, 0.3, 2.0], [0.0, 1.0, 0.0, -1.0]], dtype=torch.float64
+)
+STEP_ROWS = torch.tensor([0, 0, 1])
+
+
+def probability(step: int, token: int) -> float:
+    row = LOGITS[step].tolist()
+    return math.exp(row[token]) / sum(math.exp(x) for x in row)
+
+
+def test_instance_loss_is_the_mean_over_labelled_steps():
+    targets = torch.tensor([1, IGNORE_INDEX, 3])
+    found = instance_losses(LOGITS, targets, STEP_ROWS, 3)
+    expected = [-math.log(probability(0, 1)), -math.log(probability(2, 3)), 0.0]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    both = instance_losses(LOGITS, torch.tensor([1, 3, 3]), STEP_ROWS, 2)
+    mean = -(math.log(probability(0, 1)) + math.log(probability(1, 3))) / 2
+    assert both[0].item() == pytest.approx(mean, rel=1e-12)
+
+
+def test_step_scores_are_over_the_whole_vocabulary():
+    expected = [probability(step, 1) for step in range(3)]
+    torch.testing.assert_close(step_scores(LOGITS, 1), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("right", [(1.0, 0.0), (0.0, 1.0)])
+def test_meta_loss_targets(right):
+    true_false = torch.tensor(right, dtype=torch.float64)
+    steps = ([0, 1], [2])
+    plus = [sum(probability(i, 1) for i in own) / len(own) for own in steps]
+    signed = [
+        sum(probability(i, 1 if y else 3) for i in own) / len(own)
+        for own, y in zip(steps, right, strict=True)
+    ]
+    arguments = (LOGITS, STEP_ROWS, true_false, LABELS, "mean")
+    expected = [(s - y) ** 2 for s, y in zip(plus, right, strict=True)]
+    torch.testing.assert_close(meta_losses(*arguments, "+").tolist(), expected)
+    expected = [(s - 1) ** 2 for s in signed]
+    torch.testing.assert_close(meta_losses(*arguments, "both").tolist(), expected)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Remembers the largest tensor that has a vocabulary dimension and is no parameter's shape."""
+
+    def __init__(self, vocabulary: int, hidden: int):
+        super().__init__()
+        self.vocabulary, self.hidden, self.rows = vocabulary, hidden, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, tuple | list) else [result]
+        for output in outputs:
+            if isinstance(output, torch.Tensor) and self.vocabulary in output.shape:
+                rows = output.numel() // self.vocabulary
+                if rows != self.hidden:  # the embedding and head weights themselves
+                    self.rows = max(self.rows, rows)
+        return result
+
+
+def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
+    vocabulary, hidden, length, steps = 151_674, 16, 400, 3
+    config = InternVLConfig(
+        vision_config={
+            "image_size": 28,
+            "patch_size": 14,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        image_seq_length=1,
+    )
+    prm = PRM(InternVLForConditionalGeneration(config)).train()
+    ids = torch.randint(0, 1000, (2, length))
+    ids[:, 5] = config.image_token_id
+    batch = Batch(
+        ids,
+        torch.randn(2, 3, 28, 28),
+        torch.tensor([0, 0, 1]),
+        torch.tensor([100, 399, 300]),
+        torch.tensor([10, 12, 10]),
+        torch.arange(2),
+        torch.ones(2),
+    )
+    parameters = dict(prm.named_parameters())
+
+    def losses(parameters):
+        logits = functional_call(prm, dict(parameters), (batch,))
+        return instance_losses(logits, batch.step_targets, batch.step_rows, 2)
+
+    with LargestOutput(vocabulary, hidden) as seen:
+        losses(parameters).mean().backward()
+        meta_losses(
+            prm(batch), batch.step_rows, batch.true_false, {"+": 10, "-": 12}, "mean", "both"
+        ).mean().backward()
+        with prm.forward_mode():
+            jvp(losses, parameters, {n: torch.ones_like(p) for n, p in parameters.items()})
+    assert seen.rows == steps
+
+    with LargestOutput(vocabulary, hidden) as seen, torch.no_grad():
+        prm.model(input_ids=ids, pixel_values=batch.pixel_values)
+    assert seen.rows >= length  # what the plain model does: the check can fail

@@ -1,0 +1,145 @@
+"""The table's rows against plain torch and against closed forms, on one rank."""
+
+import pytest
+import torch
+
+from dreamprm_dist.config import UpperConfig
+from dreamprm_dist.reweighters import InstanceTable
+from dreamprm_dist.reweighters.activations import ACTIVATIONS
+from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+
+ROWS = [4, 3, 3]  # sample IDs 0 to 9 in 3 shards
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def table(**settings) -> InstanceTable:
+    base = {"meta_scheduler_type": "constant", "activation_function": "No", "meta_lr": 0.1}
+    return InstanceTable(UpperConfig(**(base | settings)), ROWS, 100, torch.device("cpu"))
+
+
+def test_rows_follow_the_sample_ids():
+    weights = table()
+    assert weights.rows(torch.arange(10)).tolist() == [0, 4, 7, 1, 5, 8, 2, 6, 9, 3]
+    weights.raw_weights.copy_(torch.arange(10))
+    raw, values = weights.gather()
+    assert torch.equal(raw, values)
+    assert raw[torch.arange(10)].tolist() == weights.rows(torch.arange(10)).tolist()
+
+
+@pytest.mark.parametrize("sample_id", [-1, 10, 11, 300])
+def test_an_id_beyond_the_data_is_refused(sample_id):
+    with pytest.raises(ValueError, match=f"sample_id {sample_id} "):
+        table().weights(torch.tensor([0, sample_id]))
+
+
+def test_another_ranks_row_is_an_error_and_never_fetched():
+    weights = table()
+    weights.rank, weights.world_size = 0, 3
+    with pytest.raises(ValueError, match="sample_id 4 belongs to rank 1, not to rank 0"):
+        weights.weights(torch.tensor([0, 4]))
+
+
+def test_normalized_sgd_is_the_hypergradient_over_its_mean_magnitude():
+    weights = table(row_update="normalized_sgd", meta_weight_decay=0.5)
+    weights.add_hypergradient(torch.tensor([1, 2]), torch.tensor([3.0, -1.0]))
+    weights.add_hypergradient(torch.tensor([5]), torch.tensor([-2.0]))
+    squared_norm = weights.step()
+    raw, _ = weights.gather()
+    decayed = 1 - 0.1 * 0.5
+    expected = torch.ones(10)
+    expected[[1, 2, 5]] = decayed - 0.1 * torch.tensor([3.0, -1.0, -2.0]) / 2
+    torch.testing.assert_close(raw, expected)
+    assert squared_norm == 14
+
+
+def test_an_instance_drawn_twice_gets_the_sum():
+    weights = table(row_update="normalized_sgd")
+    weights.add_hypergradient(torch.tensor([1, 1, 2]), torch.tensor([1.0, 2.0, 3.0]))
+    assert weights.hypergradient().to_dense()[weights.rows(torch.tensor([1, 2]))].tolist() == [3, 3]
+
+
+def test_no_hypergradient_no_step():
+    weights = table(row_update="normalized_sgd")
+    weights.add_hypergradient(torch.tensor([1]), torch.tensor([0.0]))
+    weights.step()
+    assert torch.equal(weights.raw_weights, torch.ones(10))
+
+
+def test_adamw_is_torchs_on_the_dense_table():
+    weights = table(row_update="adamw", meta_momentum=0.8, meta_weight_decay=0.3)
+    dense = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.AdamW([dense], lr=0.1, betas=(0.8, 0.999), weight_decay=0.3)
+    for ids, gradients in (([0, 3], [1.0, -2.0]), ([3, 7], [0.5, 4.0]), ([9], [1.0])):
+        ids, gradients = torch.tensor(ids), torch.tensor(gradients)
+        weights.add_hypergradient(ids, gradients)
+        weights.step()
+        dense.grad = torch.zeros(10).index_put((ids,), gradients)
+        optimizer.step()
+    torch.testing.assert_close(weights.gather()[0], dense.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "weight", "slope"),
+    [
+        ("LeakyReLU", [-1.0, 2.0], [-0.01, 2.0], [0.01, 1.0]),
+        ("ReLU", [-1.0, 2.0], [0.0, 2.0], [0.0, 1.0]),
+        ("No", [-1.0, 2.0], [-1.0, 2.0], [1.0, 1.0]),
+        ("Clip", [-1.5, 2.0], [-1.0, 2.0], [0.0, 1.0]),
+        ("Project", [-1.0, 3.0], [-1.0, 3.0], [1.0, 1.0]),
+    ],
+)
+def test_activations_and_their_slopes(name, raw, weight, slope):
+    weights = table(activation_function=name)
+    ids = torch.tensor([0, 4])
+    weights.raw_weights[weights.rows(ids)] = torch.tensor(raw)
+    torch.testing.assert_close(weights.weights(ids), torch.tensor(weight))
+    weights.add_hypergradient(ids, torch.tensor([5.0, 7.0]))
+    expected = torch.tensor(slope) * torch.tensor([5.0, 7.0])
+    torch.testing.assert_close(weights.hypergradient().values(), expected)
+
+
+@pytest.mark.parametrize("row_update", ROW_UPDATES)
+def test_projection_keeps_weights_within_the_bounds_and_alive(row_update):
+    weights = table(
+        activation_function="Project",
+        weight_min=0.0,
+        meta_lr=3.0,
+        meta_weight_decay=0.0,
+        row_update=row_update,
+    )
+    ids = torch.tensor([0, 4])
+    weights.add_hypergradient(ids, torch.tensor([1.0, -1.0]))
+    weights.step()
+    assert weights.weights(ids).tolist() == [0.0, 3.0]
+    for _ in range(3):
+        weights.add_hypergradient(ids, torch.tensor([-1.0, 1.0]))
+        weights.step()
+    low, high = weights.weights(ids).tolist()
+    assert low > 0.0 and high < 3.0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("row_update", ROW_UPDATES)
+def test_every_combination_moves_against_the_hypergradient(activation, row_update):
+    weights = table(activation_function=activation, row_update=row_update, meta_weight_decay=0.0)
+    ids = torch.tensor([2, 3])
+    weights.add_hypergradient(ids, torch.tensor([1.0, -1.0]))
+    weights.step()
+    lower, higher = weights.weights(ids).tolist()
+    assert lower < 1 < higher
+
+
+def test_statistics_are_those_of_all_weights():
+    weights = table()
+    weights.raw_weights.copy_(torch.linspace(0, 9, 10)[torch.randperm(10)])
+    statistics = weights.statistics()
+    assert statistics["mean"] == pytest.approx(4.5)
+    assert (statistics["min"], statistics["max"]) == (0, 9)
+    for q in (5, 25, 50, 75, 95):
+        exact = float(weights.raw_weights.quantile(q / 100, interpolation="lower"))
+        # One bin of the histogram is 9 / 2048 wide; "lower" and the histogram may differ by a row.
+        assert exact - 9 / 2048 <= statistics[f"q{q:02d}"] <= exact + 1 + 9 / 2048
+
+
+def test_equal_weights_have_equal_statistics():
+    assert set(table().statistics().values()) == {1.0}
