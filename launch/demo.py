@@ -1,0 +1,197 @@
+"""The whole job on a small embedded default: data, cold start, weights, baselines, Best-of-N.
+
+`make demo` runs it on two ranks. Every stage is the command that a user runs at scale.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+
+from data_tools.demo_data import make_demo_data
+from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
+
+LAUNCH = Path(__file__).resolve().parent
+RECIPES = LAUNCH / "recipes"
+NUM_RANKS = 2
+
+
+@dataclass
+class Demo:
+    """One demo run in a folder of its own."""
+
+    out: Path
+    seed: int
+    shuffled_meta: bool
+
+    def run(self) -> dict:
+        """All stages; returns what `summary.json` holds."""
+        start = time.monotonic()
+        self._data()
+        cold_start = self._train("cold_start", "demo_cold_start", "train", self.out / "base")
+        self._train("baseline", "demo_baseline", "train", cold_start)
+        self._train("baseline_plus_meta", "demo_baseline", "train_plus_meta", cold_start)
+        self._train("instance_table", "demo_instance_table", "train", cold_start)
+        noise_auc = {
+            "instance_table": self._noise_auc(self._weights("instance_table")),
+            "small_loss": self._noise_auc(-self._instance_losses(cold_start)),
+        }
+        if self.shuffled_meta:
+            self._train("shuffled_meta", "demo_instance_table", "train", cold_start)
+            noise_auc["shuffled_meta"] = self._noise_auc(self._weights("shuffled_meta"))
+        names = ["cold_start", "baseline", "baseline_plus_meta", "instance_table"]
+        results = {name: self._evaluate(name) for name in names}
+        accuracy = {
+            key: results["cold_start"]["accuracy"][key]
+            for key in ("first", "random", "self_consistency", "oracle")
+        }
+        accuracy |= {name: results[name]["accuracy"]["prm"]["mean"] for name in names}
+        summary = {
+            "seed": self.seed,
+            "seconds": round(time.monotonic() - start, 1),
+            "num_questions": results["cold_start"]["num_questions"],
+            "accuracy": accuracy,
+            "noise_auc": noise_auc,
+        }
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self._python("report", LAUNCH / "report.py", self.out)
+        return summary
+
+    def _data(self) -> None:
+        data = self.out / "data"
+        make_demo_data(data, self.seed)
+        records = {n: json.loads((data / f"{n}.json").read_text()) for n in ("train", "meta")}
+        both = records["train"] + records["meta"]
+        (data / "train_plus_meta.json").write_text(json.dumps(both))
+        if self.shuffled_meta:
+            order = torch.randperm(
+                len(records["meta"]), generator=torch.Generator().manual_seed(self.seed)
+            )
+            answers = [records["meta"][i]["true_false"] for i in order.tolist()]
+            shuffled = [
+                record | {"true_false": answer}
+                for record, answer in zip(records["meta"], answers, strict=True)
+            ]
+            (data / "meta_shuffled.json").write_text(json.dumps(shuffled))
+        seed = ["--seed", str(self.seed)]
+        self._python(
+            "base", "-m", "data_tools.demo_model", "--data", data, "--out", self.out / "base", *seed
+        )
+        for name in ("train", "train_plus_meta", "meta", "meta_shuffled"):
+            source = data / f"{name}.json"
+            if source.exists():
+                kind = "--meta" if name.startswith("meta") else "--train"
+                shards = self.out / "shards" / name
+                self._python(
+                    f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", shards
+                )
+
+    def _train(self, name: str, recipe: str, train: str, start_from: Path) -> Path:
+        """A training run on two ranks; returns its export."""
+        meta = "meta_shuffled" if name == "shuffled_meta" else "meta"
+        run = self.out / name
+        self._python(
+            name,
+            *("-m", "deepspeed.launcher.runner", "--num_gpus", NUM_RANKS, LAUNCH / "train.py"),
+            *("--config", RECIPES / f"{recipe}.yaml", "--seed", self.seed),
+            *("--train_json_file", self.out / "shards" / train / "train"),
+            *("--meta_json_file", self.out / "shards" / meta / "meta"),
+            *("--reward_model", start_from, "--weights_path", run),
+        )
+        return run / "export"
+
+    def _evaluate(self, name: str) -> dict:
+        """Best-of-N on the test questions, on two processes."""
+        folder = self.out / name / "evaluation"
+        self._python(
+            f"evaluate {name}",
+            *("-m", "torch.distributed.run", "--nproc_per_node", NUM_RANKS),
+            *(LAUNCH / "evaluate.py", "--model", self.out / name / "export"),
+            *("--test_json_file", self.out / "data" / "test.json"),
+            *("--output_dir", folder, "--precision", "fp32"),
+        )
+        return json.loads((folder / "results.json").read_text())
+
+    def _python(self, stage: str, *arguments: object) -> None:
+        """Run a stage as a command of its own, its output in `logs/`; stop when it fails."""
+        log = self.out / "logs" / f"{stage.replace(' ', '_')}.log"
+        log.parent.mkdir(exist_ok=True)
+        command = [sys.executable, *map(str, arguments)]
+        print(f"{stage} ...", end=" ", flush=True)
+        start = time.monotonic()
+        # One thread a rank: the ranks share the cores.
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // NUM_RANKS))}
+        with log.open("w") as output:
+            output.write(" ".join(command) + "\n\n")
+            output.flush()
+            code = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+            ).returncode
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
+        if code:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            sys.exit(f"{tail}\nerror: stage {stage} failed with exit code {code}; see {log}")
+
+    def _weights(self, name: str) -> list[float]:
+        return pd.read_parquet(self.out / name / "export" / "instance_weights.parquet")[
+            "weight"
+        ].tolist()
+
+    @torch.no_grad()
+    def _instance_losses(self, model: Path) -> np.ndarray:
+        """Losses of a model on the noisy training labels, in the order of sample IDs."""
+        prm, tokenizer = load_prm(str(model), "fp32").eval(), load_tokenizer(str(model))
+        shards = ShardFolder(self.out / "shards" / "train" / "train")
+        format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
+        losses = np.empty(shards.num_rows)
+        for shard, rows in enumerate(shards.rows_per_shard):
+            for first in range(0, rows, 32):
+                records = [shards.read(shard, row) for row in range(first, min(first + 32, rows))]
+                instances = [
+                    encode_instance(r["conversations"], r["images"], tokenizer, format)
+                    for r in records
+                ]
+                batch = collate(instances, tokenizer.pad_token_id)
+                values = instance_losses(
+                    prm(batch), batch.step_targets, batch.step_rows, len(batch)
+                )
+                losses[[r["sample_id"] for r in records]] = values
+        return losses
+
+    def _noise_auc(self, scores: Sequence[float]) -> float:
+        """How well a score tells clean instances from flipped ones: 0.5 not at all, 1 fully."""
+        truth = json.loads((self.out / "data" / "truth.json").read_text())
+        return float(roc_auc_score([not t["flipped"] for t in truth], scores))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
+    parser.add_argument("--seed", type=int, default=1, help="seed of data, model and order")
+    parser.add_argument(
+        "--shuffled_meta", action="store_true", help="add the control with shuffled meta answers"
+    )
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    arguments.out.mkdir(parents=True)
+    summary = Demo(arguments.out, arguments.seed, arguments.shuffled_meta).run()
+    print(json.dumps(summary, indent=2))
+    print(f"report: {arguments.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
