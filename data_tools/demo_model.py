@@ -6,7 +6,6 @@ makes the model (the classes of the real one), its tokenizer and image processor
 on fresh, clean questions about the training and meta digits of the data set in DIR.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path

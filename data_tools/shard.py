@@ -8,12 +8,10 @@ rows at a time. Every byte written depends on the input alone.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,12 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data_tools.folders import claim_folder, move_into_place, refuse_existing
+from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
     JsonRecords,
     MetaRecord,
     RecordError,
     TrainingRecord,
-    check_image,
     parse_meta_record,
     parse_training_record,
 )
@@ -44,7 +43,6 @@ from dreamprm_dist.data.shards import (
     file_sha256,
 )
 
-MAX_IMAGE_BYTES = 64 << 20  # 16 rows of one such image stay below Arrow's 2 GiB a column chunk
 SOLUTION_MARK = "### Solution Process:"  # in VisualPRM's format the first step follows it
 WORKER_TIMEOUT_S = 600
 _CHUNK = 16
@@ -113,7 +111,7 @@ def shard_file(
     records = JsonRecords(source)
     root = source.parent if image_root is None else Path(image_root)
     before = source.stat()
-    tmp, lock = _claim(out_dir, overwrite)
+    tmp, lock = claim_folder(out_dir, overwrite)
     try:
         source_entry = {"path": source.name, "sha256": file_sha256(source)}
         accepted, num_rejected = _first_pass(
@@ -153,7 +151,7 @@ def shard_file(
             "shards": shards,
         }
         (tmp / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _move_into_place(tmp, out_dir)
+        move_into_place(tmp, out_dir)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         os.close(lock)
@@ -270,26 +268,8 @@ def _group_key(record: TrainingRecord, digests: list[bytes]) -> str | bytes:
 @lru_cache(maxsize=4096)  # solutions of one question share an image, and decoding it is the cost
 def _image_facts(path: str, shown: str) -> tuple[bytes, tuple[int, int]]:
     """(SHA-256 digest, (width, height)) of an image file; RecordError names it as ``shown``."""
-    data = _read_image(path, shown)
-    try:
-        size = check_image(data)
-    except RecordError as error:
-        raise RecordError(f"image {shown!r}: {error}") from error
+    data, size = read_image(path, shown)
     return hashlib.sha256(data).digest(), size
-
-
-def _read_image(path: str, shown: str) -> bytes:
-    try:
-        # A device or a pipe would never end; a sparse file would fill the memory.
-        if not os.path.isfile(path):
-            raise RecordError(f"image {shown!r}: no such file; correct the path or --image_root.")
-        if os.path.getsize(path) > MAX_IMAGE_BYTES:
-            raise RecordError(
-                f"image {shown!r}: larger than {MAX_IMAGE_BYTES >> 20} MiB; make it smaller."
-            )
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise RecordError(f"image {shown!r}: cannot be read ({error.strerror}).") from error
 
 
 def _dense_ids(keys: list) -> list[int]:
@@ -308,7 +288,7 @@ def _row(
 ) -> dict:
     try:
         record = _PARSERS[kind](records.at(entry.position))
-        images = [_read_image(str(root / image), image) for image in record.images]
+        images = [read_image(root / image, image)[0] for image in record.images]
     except RecordError as error:
         raise ValueError(f"{records.path}: changed while being sharded: {error}") from error
     if [hashlib.sha256(data).digest() for data in images] != entry.image_digests:
@@ -346,66 +326,6 @@ def _write_shard(path: Path, schema: pa.Schema, rows: Iterator[dict], bar: tqdm)
                 flush()
         if buffer:
             flush()
-
-
-def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
-        return
-    if not (out_dir / MANIFEST).is_file():
-        raise ValueError(f"{out_dir}: exists and is no shard folder; choose another place.")
-    if not overwrite:
-        raise ValueError(f"{out_dir}: already holds shards; pass --overwrite to replace them.")
-
-
-def _claim(out_dir: Path, overwrite: bool) -> tuple[Path, int]:
-    """Clear up after killed runs and make this run's temporary folder.
-
-    Returns the folder and a descriptor that holds its lock: the system drops the lock when the
-    run dies, which is how a killed run's folder is told from a live one's.
-    """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    siblings = sorted(out_dir.parent.iterdir())
-    for leftover in (p for p in siblings if p.name.startswith(f"{out_dir.name}.tmp-")):
-        try:
-            os.close(_lock(leftover))
-        except BlockingIOError:
-            raise ValueError(f"{out_dir}: another run is writing it; wait for its end.") from None
-        shutil.rmtree(leftover)
-    for old in (p for p in siblings if p.name.startswith(f"{out_dir.name}.old-")):
-        if out_dir.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:  # killed between the two renames of `_move_into_place`
-            old.rename(out_dir)
-    _refuse_existing(out_dir, overwrite)
-    tmp = out_dir.with_name(f"{out_dir.name}.tmp-{secrets.token_hex(4)}")
-    tmp.mkdir()
-    return tmp, _lock(tmp)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _move_into_place(tmp: Path, out_dir: Path) -> None:
-    """Rename ``tmp`` to ``out_dir``; an old folder there is kept aside until that is done."""
-    old = None
-    if out_dir.exists() and any(out_dir.iterdir()):
-        old = out_dir.with_name(f"{out_dir.name}.old-{secrets.token_hex(4)}")
-        out_dir.rename(old)
-    try:
-        tmp.rename(out_dir)
-    except OSError:
-        if old is not None:
-            old.rename(out_dir)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _quiet(progress: bool) -> bool | None:
@@ -450,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give --train, --meta or both")
     try:
         for _, folder, _, _ in jobs:  # before the work on the first, not after it
-            _refuse_existing(folder, args.overwrite)
+            refuse_existing(folder, args.overwrite)
         for source, folder, kind, num_shards in jobs:
             shard_file(
                 source,

@@ -70,9 +70,9 @@ class BilevelTrainer:
         self.run_folder = Path(config.run.weights_path)
         torch.manual_seed(config.run.seed)
 
+        prm = load_prm(config.model.reward_model, config.model.precision, device)
         self.tokenizer = load_tokenizer(config.model.reward_model)
         self.label_ids = label_token_ids(self.tokenizer)
-        prm = load_prm(config.model.reward_model, config.model.precision, device)
         prm.freeze(config.model.freeze_vision_tower, config.model.freeze_language_model)
         if config.model.gradient_checkpointing:
             prm.checkpoint_activations()

@@ -31,9 +31,9 @@ from dreamprm_dist.best_of_n import (
     score_question,
 )
 from dreamprm_dist.config import flag, parse_args
+from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
     RecordError,
-    check_image,
     parse_test_record,
     read_json_records,
 )
@@ -118,7 +118,8 @@ def _score(
     if isinstance(raw, RecordError):
         raise raw
     record = parse_test_record(raw)
-    images = [_read_image(config, path) for path in record.images]
+    root = Path(config.image_root or Path(config.test_json_file).parent)
+    images = [read_image(root / path, path)[0] for path in record.images]
     try:
         scores = score_question(
             prm, tokenizer, record, images, max_tiles=config.max_patch_num, device=device
@@ -144,19 +145,6 @@ def _score(
         | {"aggregates": {name: values[index] for name, values in aggregates.items()}}
         for index, solution in enumerate(record.candidates)
     ]
-
-
-def _read_image(config: EvaluateConfig, path: str) -> bytes:
-    file = Path(config.image_root or Path(config.test_json_file).parent) / path
-    # A device or a pipe would never end.
-    if not file.is_file():
-        raise RecordError(f"image {path!r}: no such file; correct the path or --image_root.")
-    try:
-        data = file.read_bytes()
-        check_image(data)
-    except (OSError, RecordError) as error:
-        raise RecordError(f"image {path!r}: {error}") from error
-    return data
 
 
 def _finish(config: EvaluateConfig, out: Path, parts: list[Path]) -> None:

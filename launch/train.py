@@ -18,7 +18,10 @@ def open_shards(path: str, kind: str, config) -> ShardFolder:
         if distributed.rank() == 0:
             source = cached_shards(source, kind, config.num_shards, config.image_root)
         source = Path(distributed.broadcast_text(str(source)))
-    return ShardFolder(source)
+    shards = ShardFolder(source)
+    if shards.kind != kind:
+        raise ValueError(f"{source} holds {shards.kind} shards where {kind} shards are needed")
+    return shards
 
 
 def main() -> None:

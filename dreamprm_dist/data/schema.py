@@ -6,17 +6,14 @@ with the record; whoever knows the file and line puts them in front.
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 IMAGE_PLACEHOLDER = "<image>"
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# The chat format's own structure; text that holds one of these could forge it.
+RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -212,47 +209,6 @@ def parse_test_record(record: object) -> TestRecord:
     )
 
 
-def check_image(data: bytes, max_pixels: int = 64_000_000) -> tuple[int, int]:
-    """Decode an image in full and return (width, height) in pixels, as the header gives them.
-
-    An EXIF orientation is not applied; of an animation only the first frame is decoded.
-
-    Raises:
-        RecordError: not JPEG, PNG, WEBP, BMP or GIF, truncated or broken, of zero size, or more
-            than ``max_pixels`` pixels (refused from the header, before anything is decoded).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width < 1 or height < 1:
-                    raise RecordError(f"the image is {width}x{height}: it has no pixels.")
-                if width * height > max_pixels:
-                    raise RecordError(
-                        f"the image has too many pixels ({width}x{height}, more than "
-                        f"{max_pixels:,}); make it smaller."
-                    )
-                image.load()
-    except RecordError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RecordError(
-            f"the image has too many pixels (more than {max_pixels:,}); make it smaller."
-        ) from error
-    except Image.UnidentifiedImageError as error:
-        raise RecordError(
-            f"not an image in a supported format ({', '.join(IMAGE_FORMATS)}), or its header is "
-            "damaged; convert or replace the file."
-        ) from error
-    # Pillow's decoders raise nearly anything on hostile bytes: OSError, SyntaxError, struct.error.
-    except Exception as error:
-        raise RecordError(
-            f"the image is truncated or broken ({error}); replace the file."
-        ) from error
-    return width, height
-
-
 def _starts_with_bracket(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
@@ -301,6 +257,11 @@ def _parse_conversations(value: object) -> list[dict]:
             turns.append({"from": speaker, "value": label})
         elif speaker in ("human", "system"):
             text = _text(text, f"conversations[{i}] ({speaker})")
+            if any(token in text for token in RESERVED_TOKENS):
+                raise RecordError(
+                    f"conversations[{i}] ({speaker}) holds one of the chat format's own tokens "
+                    f"{', '.join(RESERVED_TOKENS)}; take it out."
+                )
             turns.append({"from": speaker, "value": text})
         else:
             raise RecordError(

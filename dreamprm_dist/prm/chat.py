@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-IMAGE_PLACEHOLDER = "<image>"
+from dreamprm_dist.data.schema import IMAGE_PLACEHOLDER, RESERVED_TOKENS
+
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 LABEL_CONTEXTS = ("data", "plus")
 IGNORE_INDEX = -100
-# Text with one of these would change the conversation's own structure.
-RESERVED = (TURN_START, TURN_END, IMAGE_CONTEXT)
 
 
 @dataclass
@@ -87,8 +86,8 @@ def encode_conversation(
         )
 
     for turn in conversations:
-        if turn["from"] != "gpt" and any(token in turn["value"] for token in RESERVED):
-            raise ValueError(f"a turn's text holds one of the reserved tokens {RESERVED}")
+        if turn["from"] != "gpt" and any(token in turn["value"] for token in RESERVED_TOKENS):
+            raise ValueError(f"a turn's text holds one of the reserved tokens {RESERVED_TOKENS}")
 
     # Text between two labels is tokenised in one piece, as the reference does; a label and the
     # special tokens around it never merge with their neighbours.

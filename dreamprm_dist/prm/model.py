@@ -122,10 +122,17 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def _check_layout(name_or_path: str) -> None:
-    model_type = InternVLConfig.get_config_dict(name_or_path)[0].get("model_type")
+    try:
+        model_type = InternVLConfig.get_config_dict(name_or_path)[0].get("model_type")
+    except OSError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {name_or_path}: neither a folder with a config.json nor a model on the hub that "
+            f"can be reached ({why})"
+        ) from error
     if model_type != InternVLConfig.model_type:
         raise ValueError(
-            f"reward_model {name_or_path}: its config.json says model_type {model_type!r}, not "
+            f"model {name_or_path}: its config.json says model_type {model_type!r}, not "
             f"{InternVLConfig.model_type!r}; give a checkpoint in transformers' InternVL layout, "
             "such as OpenGVLab/InternVL3-1B-hf"
         )

@@ -1,11 +1,12 @@
 """Runs variants of one bi-level run under a launcher and saves what each computed.
 
-    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL SHARDS VARIANT...
+    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL SHARDS VARIANTS
 
-A variant is NAME:BATCH:ACCUMULATION[:MUTANT]; a mutant is a defect put in on purpose, to see that
-the comparison finds it.
+VARIANTS is JSON: a name to {"flags": [...], "mutant": name or absent}; a mutant is a defect put in
+on purpose, to see that the comparison finds it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,14 +26,12 @@ SETTINGS = """
 """.split()
 
 
-def run(out: Path, model: str, shards: Path, batch: str, accumulation: str) -> dict:
+def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
     config = parse_train_config(
         [
             *SETTINGS,
             *("--reward_model", model, "--weights_path", str(out / "run")),
-            *("--batch_size", batch, "--gradient_accumulation", accumulation),
-            *("--meta_batch_size", batch, "--meta_gradient_accumulation", accumulation),
-            *("--iteration_num", str(ITERATIONS)),
+            *("--iteration_num", str(ITERATIONS), *flags),
         ]
     )
     trainer = BilevelTrainer(
@@ -93,13 +92,12 @@ def main() -> None:
     out, model, shards = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     distributed.initialize("cpu")
     torch.set_num_threads(1)
-    for variant in sys.argv[4:]:
-        name, batch, accumulation, *mutant = variant.split(":")
+    for name, variant in json.loads(sys.argv[4]).items():
         restore = engine.distributed.all_reduce_mean, loader.rank_draws
-        if mutant:
-            put_in(*mutant)
+        if "mutant" in variant:
+            put_in(variant["mutant"])
         try:
-            result = run(out, model, shards, batch, accumulation)
+            result = run(out, model, shards, variant["flags"])
         except ValueError as error:
             result = {"error": str(error)}
         engine.distributed.all_reduce_mean, loader.rank_draws = restore

@@ -9,10 +9,10 @@ import zlib
 import pytest
 from PIL import Image
 
+from dreamprm_dist.data.images import check_image
 from dreamprm_dist.data.schema import (
     MetaRecord,
     RecordError,
-    check_image,
     parse_meta_record,
     parse_test_record,
     parse_training_record,
@@ -336,3 +336,14 @@ def test_damage_inside_a_png_is_refused():
     data[data.index(b"IDAT") + 20] ^= 0xFF
     with pytest.raises(RecordError, match="truncated or broken"):
         check_image(bytes(data))
+
+
+def test_text_with_the_chat_formats_own_tokens_is_refused():
+    record = {
+        "conversations": [
+            {"from": "human", "value": "q<|im_end|>"},
+            {"from": "gpt", "value": "+"},
+        ]
+    }
+    with pytest.raises(RecordError, match="own tokens"):
+        parse_training_record(record)

@@ -356,7 +356,7 @@ def test_a_folder_killed_between_the_two_renames_comes_back(train, tmp_path):
 
 
 def test_a_live_run_is_not_disturbed(train, tmp_path):
-    tmp, lock = shard_module._claim(tmp_path / "out", overwrite=False)
+    tmp, lock = shard_module.claim_folder(tmp_path / "out", overwrite=False)
     try:
         with pytest.raises(ValueError, match="another run is writing it"):
             shard_file(train, tmp_path / "out", "training", 2)

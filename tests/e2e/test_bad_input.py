@@ -1,0 +1,117 @@
+"""What is wrong with the input is said in one sentence, with the file and the id."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
+    """Runs `launch/train.py` in this process and returns what it exits with."""
+
+    def run(**flags) -> str:
+        flags = {
+            "train_json_file": tiny_shards / "train",
+            "meta_json_file": tiny_shards / "meta",
+            "reward_model": tiny_prm_dir,
+            "weights_path": tmp_path / "run",
+            "precision": "fp32",
+            "num_workers": 0,
+            "iteration_num": 1,
+        } | flags
+        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", [str(TRAIN), *argv])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        message = str(stop.value)
+        assert message.startswith("error: ") and "\n" not in message
+        return message
+
+    return run
+
+
+def records(tiny_data_dir: Path, count: int = 8) -> list[dict]:
+    return [
+        record | {"image": str(tiny_data_dir / record["image"])}
+        for record in json.loads((tiny_data_dir / "train.json").read_text())[:count]
+    ]
+
+
+def test_a_missing_file(train, tmp_path: Path):
+    message = train(train_json_file=tmp_path / "none.json")
+    assert "none.json" in message
+
+
+def test_a_malformed_list(train, tmp_path: Path):
+    file = tmp_path / "train.json"
+    file.write_text('[{"id": 1},\n {"id" 2}]')
+    message = train(train_json_file=file)
+    assert "train.json, line 2, column" in message
+
+
+def test_bad_records_are_listed_and_the_run_goes_on(tmp_path: Path, tiny_data_dir: Path):
+    from data_tools.shard import shard_file
+
+    good = records(tiny_data_dir)
+    broken = [
+        good[0] | {"id": "label", "conversations": [{"from": "human", "value": "s"}] * 2},
+        good[0] | {"id": "image", "image": "nowhere.png"},
+        good[0] | {"id": "sign"},
+    ]
+    broken[2]["conversations"] = [*good[0]["conversations"], {"from": "gpt", "value": "maybe"}]
+    file = tmp_path / "train.jsonl"
+    lines = [json.dumps(record) for record in [*good, *broken]]
+    file.write_text("\n".join([*lines[:3], '{"id": broken', *lines[3:]]))
+    manifest = shard_file(file, tmp_path / "out", "training", 2, progress=False)
+    assert (manifest["num_rows"], manifest["num_rejected"]) == (8, 4)
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    reasons = {r["id"]: (r["line"], r["reason"]) for r in map(json.loads, rejected)}
+    assert reasons[None][0] == 4 and "not valid JSON" in reasons[None][1]
+    assert "no step" in reasons["label"][1]
+    assert "nowhere.png" in reasons["image"][1]
+    assert "'maybe'" in reasons["sign"][1]
+
+
+def test_an_empty_meta_set(train, tmp_path: Path):
+    file = tmp_path / "meta.json"
+    file.write_text("[]")
+    assert "meta.json: holds no record" in train(meta_json_file=file)
+
+
+def test_training_shards_given_as_meta_shards(train, tiny_shards: Path):
+    assert "holds training shards" in train(meta_json_file=tiny_shards / "train")
+
+
+def test_a_record_longer_than_the_context(train, tmp_path: Path, tiny_data_dir: Path):
+    long = records(tiny_data_dir)
+    turn = {"from": "human", "value": "The digit is 4. " * 3000}
+    long[5] = long[5] | {"id": "long", "conversations": [turn, *long[5]["conversations"]]}
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(long))
+    message = train(train_json_file=file, num_shards=4)
+    assert "sample_id 5 (id 'long')" in message and "tokens are more than" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the GPU that is asked for")
+def test_a_gpu_that_is_not_there(train):
+    assert "has no GPU: this machine shows 0" in train(device="cuda")
+
+
+def test_an_unknown_aggregation(train):
+    assert "choose from mean, min" in train(aggregation_function="median")
+
+
+def test_a_model_folder_that_is_none(train, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    message = train(reward_model=tmp_path)
+    assert "model_type 'internvl_chat'" in message and "InternVL3-1B-hf" in message
+
+
+def test_a_model_that_is_nowhere(train, tmp_path: Path):
+    assert "no-model" in train(reward_model=tmp_path / "no-model")
