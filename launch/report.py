@@ -43,13 +43,8 @@ METHODS = {
     "oracle": ("Oracle", "right whenever a candidate is", GREY),
 }
 LOSSES = {"lower_loss": "Lower loss", "weighted_loss": "Weighted loss", "meta_loss": "Meta loss"}
-PHASES = {
-    "data": ORANGE,
-    "lower": BLUE,
-    "meta": GREEN,
-    "hypergradient": VERMILION,
-    "upper": PURPLE,
-}
+PHASES = {"data": ORANGE, "lower": BLUE, "meta": GREEN}
+PHASES |= {"hypergradient": VERMILION, "upper": PURPLE}
 BANDS = [f"weight_q{q}" for q in ("05", "25", "50", "75", "95")]
 MOST_POINTS = 400  # of a curve; more would only make the page heavy
 # Text stays text, so that the page's CSS gives it a font and a colour for light and dark.
@@ -66,29 +61,30 @@ PAGE = Template("""<!doctype html>
 <title>$name: what learned instance weights are worth</title>
 <style>
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2129; --soft: #5b6470;
-  --line: #dfe3e8; --accent: #0072b2; }
+  --line: #dfe3e8; --glow: 1; }
 @media (prefers-color-scheme: dark) { :root { --page: #101318; --card: #191d24; --ink: #e8ebf0;
-  --soft: #a3acb9; --line: #2d333d; --accent: #56b4e9; } }
+  --soft: #a3acb9; --line: #2d333d; --glow: 1.3; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 3rem 1rem; background: var(--page);
   color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { margin: 0; font-size: clamp(1.6rem, 5vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em; }
-h2 { margin: 3rem 0 1rem; font-size: 1.25rem; line-height: 1.3; letter-spacing: -.01em; }
-.name { margin: 0; overflow-wrap: anywhere; }
-.verdict { max-width: 46rem; margin: 1rem 0 0; font-size: 1.125rem; }
+h2 { margin: 3rem 0 1rem; font-size: 1.25rem; line-height: 1.3; break-after: avoid; }
+.name, .verdict { margin: 0; overflow-wrap: anywhere; }
+.verdict { max-width: 46rem; margin-top: 1rem; font-size: 1.125rem; }
 .name, dt, caption, thead th, small, figcaption { color: var(--soft); font-size: .85rem; }
 .grid { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-.wide, .tiles { grid-column: 1 / -1; }
+.stack { display: grid; gap: 1rem; min-width: 0; }
+.wide { grid-column: 1 / -1; min-width: 0; }
 .scroll, figure, details, .tiles div { background: var(--card); border: 1px solid var(--line);
-  border-radius: .75rem; }
+  border-radius: .75rem; break-inside: avoid; }
 .tiles { display: grid; gap: .75rem; margin: 0;
   grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end;
   padding: .75rem 1rem; line-height: 1.35; }
 dd { margin: 0; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; min-width: 0; }
 table { width: 100%; border-collapse: collapse; font-size: .925rem;
   font-variant-numeric: tabular-nums; }
 caption { padding: .75rem 1rem .5rem; text-align: left; }
@@ -98,19 +94,17 @@ thead th { vertical-align: bottom; white-space: normal; }
 th:first-child { text-align: left; white-space: normal; }
 small { display: block; line-height: 1.35; }
 figure { margin: 0; padding: .75rem; }
-figcaption { padding: .25rem .25rem 0; }
-svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
+svg { display: block; width: 100%; height: auto; filter: brightness(var(--glow)); }
 svg text { font-family: inherit !important; fill: currentColor !important; }
 details { margin-bottom: .5rem; }
 summary { padding: .6rem 1rem; cursor: pointer; }
 details .scroll { border-width: 1px 0 0; border-radius: 0; }
 details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 @media print {
-  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; }
+  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444;
+    --line: #ccc; --glow: 1; }
   body { padding: 0; font-size: 10pt; }
-  h2 { break-after: avoid; }
-  figure, tr, .tiles div { break-inside: avoid; }
+  .scroll { overflow: visible; }
 }
 </style>
 </head>
@@ -174,7 +168,7 @@ def write_report(folder: Path) -> Path:
         ValueError: there is no `summary.json`, or a file is not what it should be.
     """
     summary = _read_json(folder / "summary.json")
-    if summary is None:
+    if not isinstance(summary, dict):
         raise ValueError(f"{folder} has no summary.json; name a folder that launch/demo.py made")
     found = {p.parent.name for n in ("metrics.jsonl", "config.yaml") for p in folder.glob(f"*/{n}")}
     runs = [Run.read(folder / name) for name in _ordered(found)]
@@ -188,23 +182,25 @@ def write_report(folder: Path) -> Path:
         "Key figures": [_tiles(summary, differences, flipped)],
         "Which solution is picked": [
             table_accuracy(accuracy),
-            figure_accuracy(accuracy),
-            table_differences(differences),
+            _wrap("stack", figure_accuracy(accuracy) + table_differences(differences)),
         ],
-        "Seeds": [table_seeds(seeds)],
-        "Weights of clean and flipped instances": [figure_weights(r, flipped) for r in weighted],
-        "Telling clean from flipped": [table_noise_auc(auc)],
-        "Losses": [figure_loss(runs, loss) for loss in LOSSES],
-        "Weights over iterations": [figure_quantiles(r) for r in runs if {*BANDS} <= {*r.metrics}],
+        "Seeds": [_wrap("wide", table_seeds(seeds))],
+        "Clean and flipped instances": [
+            *(figure_weights(run, flipped) for run in weighted),
+            table_noise_auc(auc),
+        ],
+        "Losses and weights over iterations": [
+            *(figure_loss(runs, loss) for loss in LOSSES),
+            *(figure_quantiles(run) for run in runs if {*BANDS} <= {*run.metrics}),
+        ],
         "Where time goes": [figure_seconds([r for r in runs if any(map(r.seconds, PHASES))])],
-        "Settings": [f'<div class="wide">{"".join(map(details_settings, runs))}</div>']
-        * bool(runs),
+        "Settings": [_wrap("wide", "".join(map(details_settings, runs)))],
     }
     page = PAGE.substitute(
         name=escape(folder.resolve().name),
         verdict=escape(_verdict(accuracy, auc, differences, len(seeds))),
         sections="\n".join(
-            f'<section><h2>{title}</h2><div class="grid">{"".join(parts)}</div></section>'
+            f"<section><h2>{title}</h2>{_wrap('grid', ''.join(parts))}</section>"
             for title, parts in sections.items()
             if any(parts)
         ),
@@ -249,7 +245,7 @@ def _verdict(accuracy: dict, auc: dict, differences: dict, seeds: int) -> str:
             f"{_percent(accuracy.get('baseline'))}: {100 * abs(gain):.1f} percentage points "
             f"{'more' if gain >= 0 else 'fewer'}"
         )
-        text += " (95 % interval {} to {})".format(*map(_points, interval)) if interval else ""
+        text += " (95% interval {} to {})".format(*map(_points, interval)) if interval else ""
         sentences.append(text + (f", over {seeds} seeds." if seeds else "."))
         if interval and interval[0] <= 0 <= interval[1]:
             sentences.append("The interval includes zero: this alone shows no difference.")
@@ -270,11 +266,11 @@ def _tiles(summary: dict, differences: dict, flipped: np.ndarray) -> str:
         "test questions": _decimal(summary.get("num_questions"), 0),
         "training instances": _decimal(len(flipped) or None, 0),
         "of them with flipped labels": _percent(flipped.mean() if len(flipped) else None),
-        "minutes in all": _decimal(_number(summary.get("seconds")) / 60),
+        "minutes in all": _decimal(_number(summary.get("seconds")) / 60, 1),
     }
     shown = {name: value for name, value in tiles.items() if value != "–"}
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items())
-    return items and f'<dl class="tiles">{items}</dl>'
+    return items and f'<dl class="tiles wide">{items}</dl>'
 
 
 def table_accuracy(accuracy: dict) -> str:
@@ -291,7 +287,7 @@ def table_differences(differences: dict) -> str:
         (" − ".join(map(_label, name.split("_minus_"))), *map(_points, values))
         for name, values in differences.items()
     ]
-    caption = "Differences between right picks in percentage points, with 95 % intervals"
+    caption = "Differences between right picks in percentage points, with 95% intervals"
     return _table(caption, ("Difference", "Mean", "Low", "High"), rows)
 
 
@@ -305,8 +301,7 @@ def table_seeds(seeds: list[dict]) -> str:
         for s in seeds
     ]
     head = [("AUC, " if key == "noise_auc" else "") + _label(name) for key, name in columns]
-    table = _table("Right picks, and noise AUC of rankings, by seed", ("Seed", *head), rows)
-    return table and f'<div class="wide">{table}</div>'
+    return _table("Right picks, and noise AUC of rankings, by seed", ("Seed", *head), rows)
 
 
 def table_noise_auc(auc: dict) -> str:
@@ -334,12 +329,13 @@ def figure_accuracy(accuracy: dict) -> str:
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set(xlim=(0, 100), xlabel="right picks, %")
     axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
     return _figure(figure, "Right picks", "No choice can be right more often than the oracle.")
 
 
 def figure_weights(run: Run, flipped: np.ndarray) -> str:
     figure, axes = _axes()
-    edges, medians = np.histogram_bin_edges(run.weights, bins=30), []
+    edges, medians = np.histogram_bin_edges(run.weights[np.isfinite(run.weights)], bins=30), []
     for name, group, color in (("clean", ~flipped, BLUE), ("flipped", flipped, VERMILION)):
         values = run.weights[group]
         shares = 100 * np.histogram(values, edges)[0] / max(1, len(values))
@@ -388,6 +384,7 @@ def figure_seconds(runs: Sequence[Run]) -> str:
     axes.bar_label(bars, [f"{value:.2f}" for value in total], padding=3)
     axes.set(xlabel="seconds an iteration", xlim=(0, 1.15 * total.max()))
     axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
     return _figure(figure, "Seconds an iteration by phase", "Means over a run, on rank 0.")
 
 
@@ -413,6 +410,10 @@ def _figure(figure: Figure, label: str, caption: str) -> str:
         f'<figure><svg {box} role="img" aria-label="{escape(label)}">{drawing.strip()}'
         f"<figcaption>{escape(caption)}</figcaption></figure>\n"
     )
+
+
+def _wrap(name: str, content: str) -> str:
+    return content and f'<div class="{name}">{content}</div>'
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -456,7 +457,7 @@ def _decimal(value: object, digits: int = 2) -> str:
 
 
 def _percent(value: object) -> str:
-    return f"{100 * _number(value):.1f} %" if math.isfinite(_number(value)) else "–"
+    return f"{_number(value):.1%}" if math.isfinite(_number(value)) else "–"
 
 
 def _points(value: object, over: float = 0.0) -> str:
