@@ -9,7 +9,7 @@ are flipped, for the report only: training never reads it).
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,13 +121,13 @@ def make_solution(
     return Solution(steps, tuple(wrong_step == 0 or step < wrong_step for step in (1, 2, 3)))
 
 
-def conversation(question: str, solution: Solution, labels: list[str]) -> list[dict]:
+def conversation(question: str, steps: Sequence[str], labels: Sequence[str]) -> list[dict]:
     """The turns of a record, in the layout in which candidates are scored."""
     turns = [
         {"from": "system", "value": SYSTEM_PROMPT},
         {"from": "human", "value": f"### Question:\n{question}"},
     ]
-    for step, label in zip(solution.steps, labels, strict=True):
+    for step, label in zip(steps, labels, strict=True):
         turns += [{"from": "human", "value": step}, {"from": "gpt", "value": label}]
     return turns
 
@@ -220,7 +220,7 @@ def make_demo_data(
                 "id": f"digit{index}-{kind.name}-{i}",
                 "image": image(index),
                 "dataset": kind.name,
-                "conversations": conversation(kind.question, solution, labels),
+                "conversations": conversation(kind.question, solution.steps, labels),
             }
         )
         truth.append({"flipped": i in flipped, "clean_labels": solution.labels})
@@ -237,7 +237,9 @@ def make_demo_data(
                     "dataset": kind.name,
                     "true_false": solution.right[-1],
                     "response": solution.text,
-                    "conversations": conversation(kind.question, solution, solution.labels),
+                    "conversations": conversation(
+                        kind.question, solution.steps, solution.labels
+                    ),
                 }
             )
 

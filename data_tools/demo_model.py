@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from data_tools.demo_data import TILE_SIZE
+from data_tools.demo_data import KINDS, TILE_SIZE, conversation, digit_image, make_solution
 from dreamprm_dist.prm.chat import (
     IMAGE_CONTEXT,
     IMAGE_END,
@@ -29,8 +30,9 @@ from dreamprm_dist.prm.chat import (
     ROLES,
     TURN_END,
     TURN_START,
+    encode_conversation,
 )
-from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD
+from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
 from dreamprm_dist.solutions import SYSTEM_PROMPT
 
 PAD = "<|endoftext|>"
@@ -164,3 +166,67 @@ def data_texts(data: Path | str) -> list[str]:
     """The texts of all turns of the training records in a demo data set."""
     records = json.loads((Path(data) / "train.json").read_text())
     return [turn["value"] for record in records for turn in record["conversations"]]
+
+
+class Pretraining:
+    """Teaches a tiny model to read digits, then to verify solutions about them.
+
+    Everything is cached: tiles once a digit, tokens once a text. Batches hold images of one size,
+    so there is next to no padding; the causal model needs no mask for what is padded on the right.
+
+    Args:
+        model: trained in place.
+        tokenizer: the model's.
+        digits: indices of the digits to train on.
+        seed: of batches, solutions and shifts.
+    """
+
+    def __init__(
+        self,
+        model: InternVLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        digits: list[int],
+        seed: int = 0,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.rng = np.random.default_rng(seed)
+        self.tiles = {wide: digit_tiles(digits, wide) for wide in (False, True)}
+        self.values = load_digits().target[digits].tolist()
+        self.encode = lru_cache(maxsize=None)(self._encode)
+        # The token after which a solution names the digit it sees, and the digits' tokens.
+        _, self.naming = tokenizer.encode(f"{TURN_START}{ROLES['human']}\nThe digit is ")
+        self.digit_ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(d) for d in range(10)]))
+
+    def _encode(self, kind: int, steps: tuple, right: tuple, tiles: int) -> tuple:
+        labels = ["-+"[r] for r in right]
+        turns = conversation(KINDS[kind].question, steps, labels)
+        # Neutral labels in the context: with the real ones there it learns to copy them.
+        encoded = encode_conversation(
+            turns, self.tokenizer, tiles, self.model.config.image_seq_length, label_context="plus"
+        )
+        ids = torch.tensor(encoded.input_ids)
+        naming = encoded.input_ids.index(self.naming)
+        return ids, naming, encoded.step_positions, encoded.step_targets
+
+    def batch(self, rows: list[int], wide: bool, errors: tuple[float, ...]) -> dict:
+        """One fresh solution a digit.
+
+        Returns:
+            `pixels`, `ids` (B, L), `naming` (B,), `digits` (B,) and `steps`, `targets` (B, 3).
+        """
+        pixels = self.tiles[wide][rows]
+        encoded = []
+        for row in rows:
+            kind = int(self.rng.integers(len(KINDS)))
+            solution = make_solution(KINDS[kind], self.values[row], errors, self.rng)
+            encoded.append(self.encode(kind, solution.steps, solution.right, pixels.shape[1]))
+        ids, naming, steps, targets = zip(*encoded, strict=True)
+        pad = self.tokenizer.pad_token_id
+        return {
+            "pixels": pixels.flatten(0, 1),
+            "ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad),
+            "naming": torch.tensor(naming),
+            "digits": torch.tensor([self.values[row] for row in rows]),
+            "steps": torch.tensor(steps),
+            "targets": torch.tensor(targets),
+        }

@@ -20,6 +20,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from data_tools.demo_data import make_demo_data
+from dreamprm_dist.best_of_n import clustered_bootstrap
 from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.losses import instance_losses
@@ -28,6 +29,7 @@ from dreamprm_dist.prm.model import load_prm, load_tokenizer
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH / "recipes"
 NUM_RANKS = 2
+PRMS = ("cold_start", "baseline", "baseline_plus_meta", "instance_table")
 
 
 @dataclass
@@ -38,8 +40,8 @@ class Demo:
     seed: int
     shuffled_meta: bool
 
-    def run(self) -> dict:
-        """All stages; returns what `summary.json` holds."""
+    def run(self) -> tuple[dict, dict[str, dict]]:
+        """All stages; returns what `summary.json` holds and the PRMs' `results.json`."""
         start = time.monotonic()
         self._data()
         cold_start = self._train("cold_start", "demo_cold_start", "train", self.out / "base")
@@ -53,23 +55,15 @@ class Demo:
         if self.shuffled_meta:
             self._train("shuffled_meta", "demo_instance_table", "train", cold_start)
             noise_auc["shuffled_meta"] = self._noise_auc(self._weights("shuffled_meta"))
-        names = ["cold_start", "baseline", "baseline_plus_meta", "instance_table"]
-        results = {name: self._evaluate(name) for name in names}
-        accuracy = {
-            key: results["cold_start"]["accuracy"][key]
-            for key in ("first", "random", "self_consistency", "oracle")
-        }
-        accuracy |= {name: results[name]["accuracy"]["prm"]["mean"] for name in names}
+        results = {name: self._evaluate(name) for name in PRMS}
         summary = {
             "seed": self.seed,
             "seconds": round(time.monotonic() - start, 1),
-            "num_questions": results["cold_start"]["num_questions"],
-            "accuracy": accuracy,
             "noise_auc": noise_auc,
-        }
+        } | pooled([results])
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         self._python("report", LAUNCH / "report.py", self.out)
-        return summary
+        return summary, results
 
     def _data(self) -> None:
         data = self.out / "data"
@@ -178,17 +172,71 @@ class Demo:
         return float(roc_auc_score([not t["flipped"] for t in truth], scores))
 
 
+def pooled(runs: list[dict[str, dict]]) -> dict:
+    """Accuracies over the questions of all runs, and paired differences with 95 % intervals.
+
+    The bootstrap resamples digit images, for questions about one image are not independent.
+
+    Args:
+        runs: for each seed the `results.json` of each PRM, by name.
+    """
+    first = [run["cold_start"] for run in runs]
+    sizes = [result["num_questions"] for result in first]
+    accuracy = {
+        name: float(np.average([r["accuracy"][name] for r in first], weights=sizes))
+        for name in ("first", "random", "self_consistency", "oracle")
+    }
+    correct = {
+        name: np.concatenate([run[name]["selected_correct"]["mean"] for run in runs]).astype(float)
+        for name in PRMS
+    }
+    clusters = [(seed, *images) for seed, r in enumerate(first) for images in r["question_images"]]
+    differences = {}
+    for other in ("baseline", "cold_start", "baseline_plus_meta"):
+        gains = correct["instance_table"] - correct[other]
+        mean, low, high = clustered_bootstrap(gains, clusters)
+        differences[f"instance_table_minus_{other}"] = {"mean": mean, "low": low, "high": high}
+    return {
+        "num_questions": sum(sizes),
+        "accuracy": accuracy | {name: float(values.mean()) for name, values in correct.items()},
+        "differences": differences,
+    }
+
+
+def run_seeds(out: Path, seeds: list[int]) -> dict:
+    """The demo and its controls for each seed, then what they show together."""
+    outcomes = [Demo(out / f"seed-{seed}", seed, shuffled_meta=True).run() for seed in seeds]
+    summaries = [summary for summary, _ in outcomes]
+    aucs = {
+        name: [summary["noise_auc"][name] for summary in summaries]
+        for name in summaries[0]["noise_auc"]
+    }
+    summary = {
+        "seeds": summaries,
+        "seconds": sum(summary["seconds"] for summary in summaries),
+        "noise_auc": {name: float(np.mean(values)) for name, values in aucs.items()},
+        "noise_auc_lowest": {name: min(values) for name, values in aucs.items()},
+    } | pooled([results for _, results in outcomes])
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    subprocess.run([sys.executable, LAUNCH / "report.py", out], check=True)
+    return summary
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--seed", type=int, default=1, help="seed of data, model and order")
     parser.add_argument(
-        "--shuffled_meta", action="store_true", help="add the control with shuffled meta answers"
+        "--seeds", type=int, nargs="+", help="several seeds, each with the shuffled-meta control"
     )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(parents=True)
-    summary = Demo(arguments.out, arguments.seed, arguments.shuffled_meta).run()
+    if arguments.seeds:
+        summary = run_seeds(arguments.out, arguments.seeds)
+        summary = {key: value for key, value in summary.items() if key != "seeds"}
+    else:
+        summary, _ = Demo(arguments.out, arguments.seed, shuffled_meta=False).run()
     print(json.dumps(summary, indent=2))
     print(f"report: {arguments.out / 'report.html'}")
 

@@ -63,10 +63,11 @@ PAGE = Template("""<!doctype html>
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2129; --soft: #5b6470;
   --line: #dfe3e8; --glow: 1; }
 @media (prefers-color-scheme: dark) { :root { --page: #101318; --card: #191d24; --ink: #e8ebf0;
-  --soft: #a3acb9; --line: #2d333d; --glow: 1.3; } }
+  --soft: #a3acb9; --line: #2d333d; --glow: 1.15; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 3rem 1rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  overflow-wrap: break-word; }
 .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { margin: 0; font-size: clamp(1.6rem, 5vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em; }
 h2 { margin: 3rem 0 1rem; font-size: 1.25rem; line-height: 1.3; break-after: avoid; }
@@ -80,7 +81,7 @@ h2 { margin: 3rem 0 1rem; font-size: 1.25rem; line-height: 1.3; break-after: avo
 .scroll, figure, details, .tiles div { background: var(--card); border: 1px solid var(--line);
   border-radius: .75rem; break-inside: avoid; }
 .tiles { display: grid; gap: .75rem; margin: 0;
-  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end;
   padding: .75rem 1rem; line-height: 1.35; }
 dd { margin: 0; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; }
@@ -92,14 +93,15 @@ th, td { padding: .4rem 1rem; border-top: 1px solid var(--line); text-align: rig
   vertical-align: top; white-space: nowrap; font-weight: 400; }
 thead th { vertical-align: bottom; white-space: normal; }
 th:first-child { text-align: left; white-space: normal; }
+.wide :is(th, td) { padding-inline: .55rem; }
 small { display: block; line-height: 1.35; }
-figure { margin: 0; padding: .75rem; }
+figure { margin: 0; max-width: 36rem; padding: .75rem; }
 svg { display: block; width: 100%; height: auto; filter: brightness(var(--glow)); }
 svg text { font-family: inherit !important; fill: currentColor !important; }
 details { margin-bottom: .5rem; }
 summary { padding: .6rem 1rem; cursor: pointer; }
 details .scroll { border-width: 1px 0 0; border-radius: 0; }
-details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+details :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 @media print {
   :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444;
     --line: #ccc; --glow: 1; }
@@ -142,7 +144,7 @@ class Run:
         return cls(
             folder.name,
             pd.DataFrame(rows.values()),
-            yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+            (yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None) or {},
             pd.read_parquet(weights).sort_values("sample_id")["weight"].to_numpy()
             if weights.exists()
             else None,
@@ -238,7 +240,7 @@ def _gain(accuracy: dict, differences: dict) -> tuple[float, ...]:
 def _verdict(accuracy: dict, auc: dict, differences: dict, seeds: int) -> str:
     gain, interval = (values := _gain(accuracy, differences))[0], values[1:]
     sentences = []
-    if math.isfinite(gain):
+    if math.isfinite(gain) and {"instance_table", "baseline"} <= {*accuracy}:
         text = (
             f"With learned instance weights the PRM picks a right solution for "
             f"{_percent(accuracy.get('instance_table'))} of the questions, without them for "
@@ -279,6 +281,7 @@ def table_accuracy(accuracy: dict) -> str:
         "Questions with a right pick, and percentage points over the first candidate",
         ("Picked by", "Right", "Over first"),
         [(n, _percent(accuracy[n]), _points(accuracy[n], first)) for n in _ordered(accuracy)],
+        by_method=True,
     )
 
 
@@ -309,6 +312,7 @@ def table_noise_auc(auc: dict) -> str:
         "Noise AUC: how often a clean instance ranks above a flipped one; 0.50 is chance",
         ("Ranked by", "AUC"),
         [(name, _decimal(auc[name])) for name in _ordered(auc)],
+        by_method=True,
     )
 
 
@@ -364,8 +368,8 @@ def figure_quantiles(run: Run) -> str:
     figure, axes = _axes()
     rows, color = run.curve(*BANDS), _method(run.name)[2]
     iteration, q05, q25, q50, q75, q95 = (rows[name] for name in rows)
-    axes.fill_between(iteration, q05, q95, color=color, alpha=0.2, linewidth=0, label="5 to 95 %")
-    axes.fill_between(iteration, q25, q75, color=color, alpha=0.4, linewidth=0, label="25 to 75 %")
+    axes.fill_between(iteration, q05, q95, color=color, alpha=0.2, linewidth=0, label="5 to 95%")
+    axes.fill_between(iteration, q25, q75, color=color, alpha=0.4, linewidth=0, label="25 to 75%")
     axes.plot(iteration, q50, color=color, label="median")
     axes.set(xlabel="iteration", ylabel="weight")
     label = f"Quantiles of all weights, {_label(run.name).lower()}"
@@ -416,13 +420,15 @@ def _wrap(name: str, content: str) -> str:
     return content and f'<div class="{name}">{content}</div>'
 
 
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in a box that scrolls by itself; a row that a method names is explained."""
+def _table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], by_method: bool = False
+) -> str:
+    """A table in a box that scrolls by itself; `by_method`: rows start with a method's name."""
     body = ""
     for first, *cells in rows:
-        note = f"<small>{METHODS[first][1]}</small>" if first in METHODS else ""
-        name = _label(first) if first in METHODS else first
-        body += f'<tr><th scope="row">{escape(name)}{note}</th>'
+        label, note, _ = _method(first) if by_method else (first, "", "")
+        note = note and f"<small>{escape(note)}</small>"
+        body += f'<tr><th scope="row">{escape(label)}{note}</th>'
         body += "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n"
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     return body and (

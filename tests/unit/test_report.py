@@ -1,0 +1,304 @@
+"""The report: a page that loads nothing, says what a folder holds and survives what it lacks."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "report.py"
+HOSTILE = 'x$1<script>alert("&")</script>'
+ACCURACY = {
+    "first": 0.25,
+    "random": 0.262,
+    "self_consistency": 0.313,
+    "cold_start": 0.4,
+    "baseline": 0.5,
+    "baseline_plus_meta": 0.526,
+    "instance_table": 0.588,
+    "oracle": 0.663,
+}
+VOID = {"meta", "path", "use", "rect"}
+
+
+@pytest.fixture(scope="module")
+def report():
+    """`launch/report.py`, which is a script and in no package."""
+    spec = importlib.util.spec_from_file_location("report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["report"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["report"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small demo folder: a baseline, and an instance table that found the flipped instances."""
+    out = tmp_path / "demo"
+    (out / "data").mkdir(parents=True)
+    flipped = [i % 3 == 0 for i in range(60)]
+    write_json(out / "data" / "truth.json", [{"flipped": f} for f in flipped])
+    write_summary(
+        out,
+        seed=1,
+        seconds=90.0,
+        num_questions=80,
+        accuracy=ACCURACY,
+        noise_auc={"instance_table": 0.843, "small_loss": 0.79},
+    )
+    write_run(out / "baseline")
+    weights = np.where(flipped, 0.25, 1.5) + np.linspace(0, 0.1, 60)
+    write_run(out / "instance_table", weights)
+    return out
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def write_summary(folder: Path, **values: object) -> None:
+    write_json(folder / "summary.json", values)
+
+
+def write_run(run: Path, weights: np.ndarray | None = None) -> None:
+    (run / "export").mkdir(parents=True)
+    rows = []
+    for iteration in range(10, 110, 10):
+        row = {"iteration": iteration, "lower_loss": 5 / iteration, "weighted_loss": 4 / iteration}
+        row |= {"seconds_data": 0.5, "seconds_lower": 2.0}
+        if weights is not None:
+            row |= {"meta_loss": 3 / iteration, "seconds_meta": 1.0, "seconds_hypergradient": 1.5}
+            row |= {f"weight_q{q:02d}": q / 50 for q in (5, 25, 50, 75, 95)}
+        rows.append(json.dumps(row) + "\n")
+    (run / "metrics.jsonl").write_text("".join(rows))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"lr": 3e-4, "image_root": None, "baseline": True})
+    )
+    if weights is not None:
+        # The last row first: weights are matched to instances by sample ID, not by place.
+        table = pd.DataFrame({"sample_id": range(len(weights)), "weight": weights})
+        table[::-1].to_parquet(run / "export" / "instance_weights.parquet")
+
+
+class Outline(HTMLParser):
+    """Text of each table row, and whether every tag is closed."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.ids: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID or "svg" in self.open:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("th", "td"):
+            self.rows[-1][-1] += data
+
+
+def test_page_is_whole_and_loads_nothing(report, folder: Path):
+    path = report.write_report(folder)
+    assert path == folder / "report.html"
+    page = path.read_text()
+    outline = Outline(page)
+    assert outline.open == []
+    assert len(outline.ids) == len(set(outline.ids))
+    assert "://" not in page and "<script" not in page and "@import" not in page
+    links = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', page)
+    assert links and all(target.startswith("#") for pair in links for target in pair if target)
+    assert page.count("<h1") == 1 and '<html lang="en">' in page
+    # Histogram, quantiles, seconds, bars of accuracy, three losses.
+    assert page.count('<svg viewBox="') == page.count('role="img" aria-label="') == 7
+    for heading in (
+        "Which solution is picked",
+        "Clean and flipped instances",
+        "Losses and weights over iterations",
+        "Where time goes",
+        "Settings",
+    ):
+        assert f"<h2>{heading}</h2>" in page
+    assert "<h2>Seeds</h2>" not in page
+
+
+def test_tables_say_what_the_summary_says(report, folder: Path):
+    rows = Outline(report.write_report(folder).read_text()).rows
+    for row in (
+        ["First candidate", "25.0%", "+0.0"],
+        ["Random candidate", "26.2%", "+1.2"],
+        ["Self-consistency", "31.3%", "+6.3"],
+        ["Cold start", "40.0%", "+15.0"],
+        ["Baseline", "50.0%", "+25.0"],
+        ["Baseline + meta", "52.6%", "+27.6"],
+        ["Instance table", "58.8%", "+33.8"],
+        ["Oracle", "66.3%", "+41.3"],
+        ["Instance table", "0.84"],
+        ["Small loss", "0.79"],
+        ["lr", "0.0003"],
+        ["image_root", "null"],
+        ["baseline", "true"],
+    ):
+        assert row in rows
+
+
+def test_verdict_without_and_with_an_interval(report, folder: Path):
+    page = report.write_report(folder).read_text()
+    assert "for 58.8% of the questions, without them for 50.0%: 8.8 percentage points more." in page
+    assert "in 84% of all pairs (noise AUC 0.84; 0.50 is chance)" in page
+    summary = json.loads((folder / "summary.json").read_text())
+    name = "instance_table_minus_baseline"
+    for low, includes_zero in ((0.012, False), (-0.012, True)):
+        differences = {name: {"mean": 0.088, "low": low, "high": 0.15}}
+        write_summary(folder, **summary, differences=differences)
+        page = report.write_report(folder).read_text()
+        sign = "−" if includes_zero else "+"
+        assert f"8.8 percentage points more (95% interval {sign}1.2 to +15.0)." in page
+        assert ("The interval includes zero" in page) == includes_zero
+        assert ["Instance table − Baseline", "+8.8", f"{sign}1.2", "+15.0"] in Outline(page).rows
+
+
+def test_verdict_says_when_the_table_is_worse(report, folder: Path):
+    write_summary(folder, accuracy={"instance_table": 0.4, "baseline": 0.5})
+    assert "10.0 percentage points fewer." in report.write_report(folder).read_text()
+
+
+def test_histogram_matches_weights_to_instances_by_sample_id(report, folder: Path):
+    page = report.write_report(folder).read_text()
+    assert "Weights, instance table. Medians: clean 1.55, flipped 0.30." in page
+
+
+def test_seconds_are_means_of_an_iteration(report, folder: Path):
+    run = report.Run.read(folder / "instance_table")
+    assert run.seconds("lower") == pytest.approx(0.2)
+    assert run.seconds("upper") == 0.0
+    assert ">0.50</text>" in report.write_report(folder).read_text()
+
+
+def test_metrics_of_killed_and_resumed_runs(report, folder: Path):
+    path = folder / "baseline" / "metrics.jsonl"
+    again = json.dumps({"iteration": 100, "lower_loss": 7.0, "seconds_lower": 2.0})
+    path.write_text(path.read_text() + again + '\n{"iteration": 110, "lower_l')
+    metrics = report.Run.read(folder / "baseline").metrics
+    assert metrics["iteration"].tolist() == [*range(10, 110, 10)]
+    assert metrics["lower_loss"].iloc[-1] == 7.0
+
+
+def test_long_curves_are_thinned(report, folder: Path):
+    rows = [json.dumps({"iteration": i, "lower_loss": float(i)}) + "\n" for i in range(1, 2001)]
+    (folder / "baseline" / "metrics.jsonl").write_text("".join(rows))
+    curve = report.Run.read(folder / "baseline").curve("lower_loss")
+    assert len(curve) == report.MOST_POINTS == 400
+    assert curve["lower_loss"].iloc[0] == 3.0  # of 1 to 5
+    report.write_report(folder)
+
+
+def test_several_seeds(report, folder: Path):
+    seeds = [
+        {"seed": seed, "accuracy": ACCURACY, "noise_auc": {"instance_table": 0.8 + seed / 100}}
+        for seed in (1, 2, 3)
+    ]
+    shutil.rmtree(folder / "instance_table")
+    interval = {"mean": 0.09, "low": 0.04, "high": 0.14}
+    pooled = {"baseline_minus_first": interval}
+    write_summary(folder, seeds=seeds, accuracy=ACCURACY, differences={}, pooled=pooled)
+    page = report.write_report(folder).read_text()
+    rows = Outline(page).rows
+    shares = ["25.0%", "26.2%", "31.3%", "40.0%", "50.0%", "52.6%", "58.8%", "66.3%"]
+    assert ["3", *shares, "0.83"] in rows
+    assert ["Baseline − First candidate", "+9.0", "+4.0", "+14.0"] in rows
+    assert "more, over 3 seeds." in page
+
+
+def test_hostile_text_stays_text(report, folder: Path):
+    write_summary(
+        folder,
+        accuracy=ACCURACY | {HOSTILE: 0.5},
+        noise_auc={HOSTILE: 0.5},
+        seeds=[{"seed": HOSTILE, "accuracy": {HOSTILE: 0.5}}],
+        differences={HOSTILE: {"mean": 0.1, "low": 0.0, "high": 0.2}},
+    )
+    folder = folder.rename(folder.with_name(HOSTILE.replace("/", "∕")))
+    run = (folder / "instance_table").rename(folder / HOSTILE.replace("/", "∕"))
+    (run / "config.yaml").write_text(yaml.safe_dump({HOSTILE: HOSTILE}))
+    page = report.write_report(folder).read_text()
+    assert "<script" not in page and '"&"' not in page
+    assert page.count("&lt;script&gt;") > 10
+    assert Outline(page).open == []
+
+
+def test_same_folder_same_bytes(report, folder: Path):
+    first = report.write_report(folder).read_bytes()
+    assert report.write_report(folder).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "data",
+        "baseline",
+        "instance_table",
+        "instance_table/metrics.jsonl",
+        "instance_table/config.yaml",
+        "instance_table/export",
+    ],
+)
+def test_what_is_not_there_is_left_out(report, folder: Path, part: str):
+    path = folder / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = report.write_report(folder).read_text()
+    assert Outline(page).open == []
+    missing = part in ("data", "instance_table", "instance_table/export")
+    assert ("Medians: clean" in page) != missing
+
+
+def test_a_summary_alone_is_enough(report, tmp_path: Path):
+    write_summary(tmp_path)
+    page = report.write_report(tmp_path).read_text()
+    assert "This folder holds no accuracies to compare." in page and "<h2>" not in page
+
+
+def test_diverged_runs_and_rejected_records(report, folder: Path):
+    write_json(folder / "data" / "truth.json", [{"flipped": False}] * 59)
+    write_summary(folder, accuracy={"instance_table": float("nan"), "baseline": 0.5})
+    page = report.write_report(folder).read_text()
+    assert ["Instance table", "–", "–"] in Outline(page).rows
+    assert "Medians" not in page  # 59 truths cannot be matched to 60 weights
+    write_json(folder / "data" / "truth.json", [{"flipped": i < 30} for i in range(60)])
+    table = pd.DataFrame({"sample_id": range(60), "weight": [np.nan] * 60})
+    table.to_parquet(folder / "instance_table" / "export" / "instance_weights.parquet")
+    assert "Medians: clean nan, flipped nan." in report.write_report(folder).read_text()
+
+
+def test_command(folder: Path, tmp_path: Path):
+    done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"report: {folder / 'report.html'}\n")
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: {tmp_path} has no summary.json; name a folder that launch/demo.py made\n"
+    )
+    (tmp_path / "summary.json").write_text("{")
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "summary.json is not JSON" in done.stderr
