@@ -66,13 +66,6 @@ KINDS = (
         ),
         ("yes", "no"),
     ),
-    QuestionKind(
-        "successor",
-        "What is one more than the digit?",
-        lambda digit: str(digit + 1),
-        lambda answer: f"One more is {answer}.",
-        tuple(str(digit + 1) for digit in range(10)),
-    ),
 )
 
 
@@ -237,9 +230,7 @@ def make_demo_data(
                     "dataset": kind.name,
                     "true_false": solution.right[-1],
                     "response": solution.text,
-                    "conversations": conversation(
-                        kind.question, solution.steps, solution.labels
-                    ),
+                    "conversations": conversation(kind.question, solution.steps, solution.labels),
                 }
             )
 
