@@ -57,7 +57,7 @@ VOCAB_SIZE = 512
 PATCH_SIZE = 8
 DOWNSAMPLE_RATIO = 0.5
 # Without the reading steps first, verification is not learned in thousands of steps.
-READING_STEPS, VERIFICATION_STEPS = 150, 450
+READING_STEPS, VERIFICATION_STEPS = 150, 700
 BATCH_SIZE, LR = 32, 3e-3
 VERIFICATION_ERRORS = (0.4, 0.3, 0.2, 0.1)  # where solutions go wrong, as in demo_data
 CHAT_TEMPLATE = (

@@ -1,0 +1,95 @@
+"""What only a GPU can show: CUDA start-up, bf16 under ZeRO-2, flash attention beside SDPA, JVP."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from dreamprm_dist.data.collate import InputFormat
+from dreamprm_dist.data.loader import RankBatches
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.hypergradient.jvp import jvp
+from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+SIZE = 8
+
+
+def batch_for(prm, model: Path, shards: Path):
+    format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
+    tokenizer = load_tokenizer(str(model))
+    batches = RankBatches(ShardFolder(shards), tokenizer, format, SIZE, SIZE, 1, 0, 0, 1)
+    return batches[0][0]
+
+
+def losses_of(prm, batch):
+    def losses(parameters):
+        logits = functional_call(prm, dict(parameters), (batch,))
+        return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+
+    return losses
+
+
+def test_cuda_gives_the_cpus_losses_and_products(tiny_prm_dir: Path, tiny_shards: Path):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        prm = load_prm(str(tiny_prm_dir), "fp32", device).train()
+        batch = batch_for(prm, tiny_prm_dir, tiny_shards / "train").to(device)
+        parameters = dict(prm.named_parameters())
+        losses = losses_of(prm, batch)
+        v = torch.autograd.grad(losses(parameters).mean(), list(parameters.values()))
+        with prm.forward_mode():
+            products = jvp(losses, parameters, dict(zip(parameters, v, strict=True)))
+        results.append((losses(parameters).detach().cpu(), products.cpu()))
+    for cpu, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)  # float32 sums, other orders
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash-attn")
+def test_flash_attention_agrees_with_sdpa_and_gives_way_to_the_jvp(
+    tiny_prm_dir: Path, tiny_shards: Path
+):
+    device = torch.device("cuda")
+    prm = load_prm(str(tiny_prm_dir), "bf16", device).train()
+    assert prm.model.config._attn_implementation == "flash_attention_2"
+    batch = batch_for(prm, tiny_prm_dir, tiny_shards / "train").to(device)
+    parameters = dict(prm.named_parameters())
+    losses = losses_of(prm, batch)
+    flash = losses(parameters)
+    with prm.forward_mode():
+        math = losses(parameters)
+        products = jvp(losses, parameters, {n: torch.ones_like(p) for n, p in parameters.items()})
+    assert prm.model.config._attn_implementation == "flash_attention_2"
+    torch.testing.assert_close(flash, math, rtol=0.03, atol=0.03)  # bf16: 8 bits
+    assert products.isfinite().all()
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero2_offload"])
+def test_a_bf16_run_under_deepspeed(
+    tmp_path: Path, tiny_prm_dir: Path, tiny_shards: Path, strategy: str
+):
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(torch.cuda.device_count())]
+    flags = [
+        *("--train_json_file", tiny_shards / "train", "--meta_json_file", tiny_shards / "meta"),
+        *("--reward_model", tiny_prm_dir, "--weights_path", tmp_path, "--strategy", strategy),
+        *("--batch_size", 4, "--meta_batch_size", 4, "--iteration_num", 5),
+    ]
+    command = [sys.executable, *launcher, TRAIN, *flags]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["lower_loss"] > 0 and line["meta_gradient_norm"] > 0 for line in lines)
+    assert (tmp_path / "export" / "instance_weights.parquet").is_file()
