@@ -59,5 +59,5 @@ train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=�
 evaluate: $(STAMP) ## Best-of-N of MODEL=… on TEST=…
 	$(PYTHON) launch/evaluate.py --model "$(MODEL)" --test_json_file "$(TEST)"
 
-bench: $(STAMP) ## measure speed and errors
-	$(PYTHON) -m pytest tests/benchmarks
+bench: $(STAMP) ## what a bi-level iteration costs over a plain step, in bench.json
+	$(PYTHON) tests/benchmarks/bench_iteration.py

@@ -127,8 +127,8 @@ def _check_layout(name_or_path: str) -> None:
     except OSError as error:
         why = str(error).splitlines()[0]
         raise ValueError(
-            f"model {name_or_path}: neither a folder with a config.json nor a model on the hub that "
-            f"can be reached ({why})"
+            f"model {name_or_path}: neither a folder with a config.json nor a model of the hub "
+            f"within reach ({why})"
         ) from error
     if model_type != InternVLConfig.model_type:
         raise ValueError(

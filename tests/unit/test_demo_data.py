@@ -1,129 +1,178 @@
-"""The embedded data set and its tiny model are what the demo says of them."""
+"""The embedded data set and model: formats, truth of the labels, disjoint digits, small size."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
 
-from data_tools.demo_data import KINDS, SOLUTIONS_PER_QUESTION, TILE_SIZE, make_demo_data
-from data_tools.demo_model import Pretraining, build_tiny_model, data_texts
-from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, parse_training_record
-from dreamprm_dist.prm.chat import label_token_ids
-from dreamprm_dist.prm.tiling import num_tiles, tile_grid
-from dreamprm_dist.solutions import candidate_conversation, extract_answer
+from data_tools.demo_data import KINDS, TILE_SIZE, make_demo_data
+from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
+from dreamprm_dist.prm.tiling import image_tiles, num_tiles
+from dreamprm_dist.solutions import (
+    SYSTEM_PROMPT,
+    candidate_conversation,
+    extract_answer,
+    split_steps,
+)
 
 
-def load(folder: Path, name: str):
+def read(folder: Path, name: str) -> list[dict]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def labels(record: dict) -> list[str]:
-    return [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+def digit_index(path: str) -> int:
+    return int(re.fullmatch(r"images/digit(\d+)\.png", path)[1])
 
 
-def test_records_are_in_the_projects_formats(tiny_data_dir: Path):
-    for record in load(tiny_data_dir, "train"):
-        assert len(parse_training_record(record).images) == 1
-    for record in load(tiny_data_dir, "meta"):
-        meta = parse_meta_record(record)
-        assert meta.true_false == (labels(record)[-1] == "+")
-    for record in load(tiny_data_dir, "test"):
-        assert len(parse_test_record(record).candidates) == SOLUTIONS_PER_QUESTION
+def true_labels(path: str, question: str, steps: list[str]) -> list[str]:
+    """Step labels worked out from the texts and scikit-learn's own targets."""
+    digit = int(load_digits().target[digit_index(path)])
+    (kind,) = [kind for kind in KINDS if kind.question == question]
+    answer = kind.answer(digit)
+    right = [f"The digit is {digit}.", kind.inference(answer), f"Answer: {answer}"]
+    return ["+" if steps[: i + 1] == right[: i + 1] else "-" for i in range(len(right))]
 
 
-def test_a_flipped_instance_has_every_label_flipped(tiny_data_dir: Path):
-    truth = load(tiny_data_dir, "truth")
-    for record, fact in zip(load(tiny_data_dir, "train"), truth, strict=True):
-        turned = {"+": "-", "-": "+"} if fact["flipped"] else {"+": "+", "-": "-"}
-        assert labels(record) == [turned[label] for label in fact["clean_labels"]]
-    assert sum(fact["flipped"] for fact in truth) == round(0.35 * len(truth))
+def parts(record: dict) -> tuple[str, list[str], list[str]]:
+    """Question, steps and labels of a training or meta record."""
+    system, question, *turns = record["conversations"]
+    assert system == {"from": "system", "value": SYSTEM_PROMPT}
+    assert [turn["from"] for turn in [question, *turns]] == ["human"] + ["human", "gpt"] * 3
+    text = question["value"].removeprefix("### Question:\n")
+    return text, [t["value"] for t in turns[::2]], [t["value"] for t in turns[1::2]]
 
 
-def test_no_test_digit_is_trained_on(tiny_data_dir: Path):
-    def images(name, key):
-        return {record[key] for record in load(tiny_data_dir, name)}
-
-    test = images("test", "image_path")
-    train, meta = images("train", "image"), images("meta", "image")
-    assert not test & train and not test & meta and not train & meta
-    split = load(tiny_data_dir, "split")
-    assert sorted(sum(split.values(), [])) == list(range(1797))
-
-
-def test_answers_are_true_or_false_as_said(tiny_data_dir: Path):
-    for record in load(tiny_data_dir, "test"):
-        for candidate, right in zip(record["candidates"], record["true_false"], strict=True):
-            assert (extract_answer(candidate) == record["answer"]) == right
+def test_training_labels_are_the_truth_or_its_reverse(tiny_data_dir: Path) -> None:
+    train, truth = read(tiny_data_dir, "train"), read(tiny_data_dir, "truth")
+    assert len(train) == len(truth) == 64
+    assert len({record["id"] for record in train}) == 64
+    for record, true in zip(train, truth, strict=True):
+        question, steps, labels = parts(record)
+        assert true["clean_labels"] == true_labels(record["image"], question, steps)
+        reverse = ["+-"[label == "+"] for label in true["clean_labels"]]
+        assert labels == (reverse if true["flipped"] else true["clean_labels"])
+    assert sum(true["flipped"] for true in truth) == round(0.35 * 64)
+    assert {label for true in truth for label in true["clean_labels"]} == {"+", "-"}
 
 
-def test_labels_follow_from_the_digit(tiny_data_dir: Path):
-    """Worked out again from the image's digit and the steps' text."""
-    digits = load_digits().target
-    for record in load(tiny_data_dir, "meta"):
-        digit = int(digits[int(record["image"].removeprefix("images/digit")[:-4])])
-        kind = next(kind for kind in KINDS if kind.name == record["dataset"])
-        seen, inferred, answered = (
-            turn["value"] for turn in record["conversations"][2:] if turn["from"] == "human"
-        )
-        right = [seen == f"The digit is {digit}."]
-        right.append(right[0] and inferred == kind.inference(kind.answer(digit)))
-        right.append(right[1] and answered == f"Answer: {kind.answer(digit)}")
-        assert labels(record) == ["+" if r else "-" for r in right]
+def test_meta_records_are_clean_and_four_a_question(tiny_data_dir: Path) -> None:
+    meta = read(tiny_data_dir, "meta")
+    assert set(Counter(record["id"] for record in meta).values()) == {4} and len(meta) == 32
+    assert {record["true_false"] for record in meta} == {True, False}
+    for record in meta:
+        question, steps, labels = parts(record)
+        assert labels == true_labels(record["image"], question, steps)
+        assert record["true_false"] is (labels[-1] == "+")
+        assert split_steps(record["response"]) == steps
 
 
-def test_the_layout_is_that_of_candidates(tiny_data_dir: Path):
-    for record in load(tiny_data_dir, "meta"):
-        question = record["conversations"][1]["value"].removeprefix("### Question:\n")
-        asked = candidate_conversation(question, record["response"])
-        assert [t for t in asked if t["from"] != "gpt"] == [
-            t for t in record["conversations"] if t["from"] != "gpt"
-        ]
+def test_candidates_are_judged_by_their_answer(tiny_data_dir: Path) -> None:
+    test = read(tiny_data_dir, "test")
+    assert len(test) == 12
+    for record in test:
+        assert re.fullmatch(r"digit\d+-q\d+", record["id"])
+        assert len(record["candidates"]) == len(record["true_false"]) == 4
+        for text, right in zip(record["candidates"], record["true_false"], strict=True):
+            assert (extract_answer(text) == record["answer"]) is right
+            labels = true_labels(record["image_path"], record["question"], split_steps(text))
+            assert (labels[-1] == "+") is right
 
 
-def test_the_same_seed_gives_the_same_files(tmp_path: Path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        make_demo_data(tmp_path / name, seed, num_train=20, num_meta=8, num_test=4)
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
-    assert all(
-        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
-    )
-    assert load(tmp_path / "a", "train") != load(tmp_path / "c", "train")
+def test_training_records_are_laid_out_like_candidates(tiny_data_dir: Path) -> None:
+    record = read(tiny_data_dir, "meta")[0]
+    question, _, _ = parts(record)
+    candidate = candidate_conversation(question, record["response"])
+    # A candidate has no labels yet: what stands in its `gpt` turns is no part of the layout.
+    assert [turn["from"] for turn in candidate] == [t["from"] for t in record["conversations"]]
+    texts = [
+        [turn["value"] for turn in turns if turn["from"] != "gpt"]
+        for turns in (candidate, record["conversations"])
+    ]
+    assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("max_tiles", [6, 12])
-def test_wide_images_are_tiled(tiny_data_dir: Path, max_tiles: int):
-    sizes = {Image.open(path).size for path in (tiny_data_dir / "images").iterdir()}
-    assert sizes == {(32, 32), (64, 32)}
-    assert tile_grid(64, 32, max_tiles, TILE_SIZE) == (2, 1)
-    assert num_tiles(64, 32, max_tiles, TILE_SIZE) == 3
-    assert num_tiles(32, 32, max_tiles, TILE_SIZE) == 1
+def test_no_digit_serves_two_purposes(tiny_data_dir: Path) -> None:
+    split = read(tiny_data_dir, "split")
+    train, meta, test = (set(split[name]) for name in ("train", "meta", "test"))
+    assert len(train) + len(meta) + len(test) == len(train | meta | test) == 1797
+    for name, key, digits in (
+        ("train", "image", train),
+        ("meta", "image", meta),
+        ("test", "image_path", test),
+    ):
+        assert {digit_index(record[key]) for record in read(tiny_data_dir, name)} <= digits
 
 
-def test_the_model_folder_loads_as_any_other(tiny_prm_dir: Path):
+def test_tiles_are_the_same_in_training_and_evaluation(tiny_data_dir: Path) -> None:
+    sizes = Counter()
+    for path in (tiny_data_dir / "images").iterdir():
+        with Image.open(path) as image:
+            sizes[image.size] += 1
+            expected = {(TILE_SIZE, TILE_SIZE): 1, (2 * TILE_SIZE, TILE_SIZE): 3}[image.size]
+        for max_tiles in (6, 12):
+            assert num_tiles(*image.size, max_tiles, TILE_SIZE) == expected
+            assert len(image_tiles(path.read_bytes(), max_tiles, TILE_SIZE)) == expected
+    # About a tenth are wide, so that a grid and its thumbnail are in use at all.
+    assert 0 < sizes[2 * TILE_SIZE, TILE_SIZE] < 0.25 * sizes.total()
+
+
+def test_a_seed_gives_the_same_files_and_another_seed_others(
+    tmp_path: Path, tiny_data_dir: Path
+) -> None:
+    for name, seed in (("same", 0), ("other", 1)):
+        make_demo_data(tmp_path / name, seed=seed, num_train=64, num_meta=32, num_test=12)
+
+    def content(folder: Path) -> dict[str, bytes]:
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    expected = content(tiny_data_dir)
+    assert content(tmp_path / "same") == expected
+    assert content(tmp_path / "other")["train.json"] != expected["train.json"]
+
+
+@pytest.mark.parametrize("counts", [{"num_meta": 30}, {"num_test": 0}, {"num_test": 10_000}])
+def test_impossible_counts_are_refused(tmp_path: Path, counts: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        make_demo_data(tmp_path, **counts)
+
+
+def test_default_size_leaves_room_for_best_of_four(tmp_path: Path) -> None:
+    figures = make_demo_data(tmp_path, seed=0)
+    assert figures["flipped"] == 0.35
+    # 720 questions: two standard errors are 3.2 and 3.5 points, around 25 % and 68 %.
+    assert 0.21 < figures["first_candidate"] < 0.30
+    assert 0.64 < figures["oracle"] < 0.73
+
+
+def test_model_folder_loads_again(tiny_prm_dir: Path) -> None:
     model = InternVLForConditionalGeneration.from_pretrained(tiny_prm_dir)
-    assert 0.3e6 < sum(p.numel() for p in model.parameters()) < 1e6
-    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(tiny_prm_dir)
+    processor = AutoImageProcessor.from_pretrained(tiny_prm_dir)
+    assert type(processor).__name__ == "GotOcr2ImageProcessorPil"  # needs no torchvision
+    assert 200_000 < sum(p.numel() for p in model.parameters()) < 1_200_000
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert len(tokenizer) <= model.config.text_config.vocab_size
+    message = [{"role": "user", "content": "3"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>user\n3<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_tokenizer_is_short_on_demo_texts_and_reads_any_other(
+    tiny_prm_dir: Path, tiny_data_dir: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_prm_dir)
     assert len(set(label_token_ids(tokenizer).values())) == 2
-    text = "Any text: ü, 12, a+b.\n"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert AutoImageProcessor.from_pretrained(tiny_prm_dir, backend="pil")
-
-
-def test_a_few_steps_of_pretraining_lower_both_losses(tiny_data_dir: Path):
-    model, tokenizer = build_tiny_model(data_texts(tiny_data_dir), seed=1)
-    pretraining = Pretraining(model, tokenizer, list(range(64)), seed=1)
-    batch = pretraining.batch(range(32), False, (0.4, 0.3, 0.2, 0.1))
-    losses = (pretraining.language_loss, pretraining.verification_loss)
-    with torch.no_grad():
-        before = [float(loss(batch)) for loss in losses]
-    pretraining.train(20, verify=False)
-    pretraining.train(20, verify=True)
-    with torch.no_grad():
-        after = [float(loss(batch)) for loss in losses]
-    assert after[1] < before[1]
-    assert set(pretraining.accuracy()) == {"digits", "steps"}
+    assert len(tokenizer.encode(SYSTEM_PROMPT, add_special_tokens=False)) == 1
+    other = "Größe 42+1 - ok?\n"
+    assert tokenizer.decode(tokenizer.encode(other, add_special_tokens=False)) == other
+    for record in read(tiny_data_dir, "train"):
+        encoded = encode_conversation(record["conversations"], tokenizer, 1, tokens_per_tile=16)
+        assert len(encoded.input_ids) <= 60 and len(encoded.step_positions) == 3
