@@ -53,76 +53,7 @@ PLOT_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
 PLOT_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 PLOT_STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY)
 PLOT_STYLE |= {"figure.constrained_layout.use": True}
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$name: what learned instance weights are worth</title>
-<style>
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2129; --soft: #5b6470;
-  --line: #dfe3e8; --glow: 1; }
-@media (prefers-color-scheme: dark) { :root { --page: #101318; --card: #191d24; --ink: #e8ebf0;
-  --soft: #a3acb9; --line: #2d333d; --glow: 1.15; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 3rem 1rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  overflow-wrap: break-word; }
-.skip:not(:focus) { position: absolute; left: -99rem; }
-h1 { margin: 0; font-size: clamp(1.6rem, 5vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em; }
-h2 { margin: 3rem 0 1rem; font-size: 1.25rem; line-height: 1.3; break-after: avoid; }
-.name, .verdict { margin: 0; overflow-wrap: anywhere; }
-.verdict { max-width: 46rem; margin-top: 1rem; font-size: 1.125rem; }
-.name, dt, caption, thead th, small, figcaption { color: var(--soft); font-size: .85rem; }
-.grid { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-.stack { display: grid; gap: 1rem; min-width: 0; }
-.wide { grid-column: 1 / -1; min-width: 0; }
-.scroll, figure, details, .tiles div { background: var(--card); border: 1px solid var(--line);
-  border-radius: .75rem; break-inside: avoid; }
-.tiles { display: grid; gap: .75rem; margin: 0;
-  grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); }
-.tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end;
-  padding: .75rem 1rem; line-height: 1.35; }
-dd { margin: 0; font-size: 1.6rem; font-weight: 650; letter-spacing: -.02em; }
-.scroll { overflow-x: auto; min-width: 0; }
-table { width: 100%; border-collapse: collapse; font-size: .925rem;
-  font-variant-numeric: tabular-nums; }
-caption { padding: .75rem 1rem .5rem; text-align: left; }
-th, td { padding: .4rem 1rem; border-top: 1px solid var(--line); text-align: right;
-  vertical-align: top; white-space: nowrap; font-weight: 400; }
-thead th { vertical-align: bottom; white-space: normal; }
-th:first-child { text-align: left; white-space: normal; }
-.wide :is(th, td) { padding-inline: .55rem; }
-small { display: block; line-height: 1.35; }
-figure { margin: 0; max-width: 36rem; padding: .75rem; }
-svg { display: block; width: 100%; height: auto; filter: brightness(var(--glow)); }
-svg text { font-family: inherit !important; fill: currentColor !important; }
-details { margin-bottom: .5rem; }
-summary { padding: .6rem 1rem; cursor: pointer; }
-details .scroll { border-width: 1px 0 0; border-radius: 0; }
-details :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-@media print {
-  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444;
-    --line: #ccc; --glow: 1; }
-  body { padding: 0; font-size: 10pt; }
-  .scroll { overflow: visible; }
-}
-</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the content</a>
-<header>
-<p class="name">$name</p>
-<h1>What learned instance weights are worth</h1>
-<p class="verdict">$verdict</p>
-</header>
-<main id="main">
-$sections
-</main>
-</body>
-</html>
-""")
+PAGE = Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
 
 
 @dataclass

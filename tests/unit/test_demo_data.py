@@ -6,11 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
 
-from data_tools.demo_data import KINDS, TILE_SIZE, make_demo_data
+from data_tools.demo_data import KINDS, SOLUTIONS_PER_QUESTION, TILE_SIZE, make_demo_data
+from data_tools.demo_model import Pretraining, build_tiny_model, data_texts
+from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, parse_training_record
 from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
 from dreamprm_dist.prm.tiling import image_tiles, num_tiles
 from dreamprm_dist.solutions import (
@@ -45,6 +48,15 @@ def parts(record: dict) -> tuple[str, list[str], list[str]]:
     assert [turn["from"] for turn in [question, *turns]] == ["human"] + ["human", "gpt"] * 3
     text = question["value"].removeprefix("### Question:\n")
     return text, [t["value"] for t in turns[::2]], [t["value"] for t in turns[1::2]]
+
+
+def test_records_are_in_the_projects_formats(tiny_data_dir: Path) -> None:
+    for record in read(tiny_data_dir, "train"):
+        assert len(parse_training_record(record).images) == 1
+    for record in read(tiny_data_dir, "meta"):
+        assert parse_meta_record(record).true_false is record["true_false"]
+    for record in read(tiny_data_dir, "test"):
+        assert len(parse_test_record(record).candidates) == SOLUTIONS_PER_QUESTION
 
 
 def test_training_labels_are_the_truth_or_its_reverse(tiny_data_dir: Path) -> None:
@@ -83,17 +95,15 @@ def test_candidates_are_judged_by_their_answer(tiny_data_dir: Path) -> None:
             assert (labels[-1] == "+") is right
 
 
-def test_training_records_are_laid_out_like_candidates(tiny_data_dir: Path) -> None:
-    record = read(tiny_data_dir, "meta")[0]
-    question, _, _ = parts(record)
-    candidate = candidate_conversation(question, record["response"])
+def test_records_are_laid_out_like_candidates(tiny_data_dir: Path) -> None:
     # A candidate has no labels yet: what stands in its `gpt` turns is no part of the layout.
-    assert [turn["from"] for turn in candidate] == [t["from"] for t in record["conversations"]]
-    texts = [
-        [turn["value"] for turn in turns if turn["from"] != "gpt"]
-        for turns in (candidate, record["conversations"])
-    ]
-    assert texts[0] == texts[1]
+    def layout(turns: list[dict]) -> list[tuple]:
+        return [(t["from"], None if t["from"] == "gpt" else t["value"]) for t in turns]
+
+    for record in read(tiny_data_dir, "meta"):
+        question, _, _ = parts(record)
+        candidate = candidate_conversation(question, record["response"])
+        assert layout(candidate) == layout(record["conversations"])
 
 
 def test_no_digit_serves_two_purposes(tiny_data_dir: Path) -> None:
@@ -176,3 +186,16 @@ def test_tokenizer_is_short_on_demo_texts_and_reads_any_other(
     for record in read(tiny_data_dir, "train"):
         encoded = encode_conversation(record["conversations"], tokenizer, 1, tokens_per_tile=16)
         assert len(encoded.input_ids) <= 60 and len(encoded.step_positions) == 3
+
+
+def test_a_few_steps_of_pretraining_lower_the_loss(tiny_data_dir: Path) -> None:
+    model, tokenizer = build_tiny_model(data_texts(tiny_data_dir), seed=1)
+    pretraining = Pretraining(model, tokenizer, list(range(64)), seed=1)
+    batch = pretraining.batch(range(32), False, (0.4, 0.3, 0.2, 0.1))
+    with torch.no_grad():
+        before = float(pretraining.verification_loss(batch))
+    pretraining.train(20, verify=False)
+    pretraining.train(20, verify=True)
+    with torch.no_grad():
+        assert float(pretraining.verification_loss(batch)) < before
+    assert set(pretraining.accuracy()) == {"digits", "steps"}
