@@ -37,6 +37,7 @@ from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.reweighters import REWEIGHTERS
 
+METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
 
 
@@ -68,6 +69,10 @@ class BilevelTrainer:
         self.config, self.device = config, device
         self.train_shards, self.meta_shards = train_shards, meta_shards
         self.run_folder = Path(config.run.weights_path)
+        if (self.run_folder / METRICS).exists():
+            raise ValueError(
+                f"{self.run_folder} already holds a run; choose another weights_path or remove it"
+            )
         torch.manual_seed(config.run.seed)
 
         prm = load_prm(config.model.reward_model, config.model.precision, device)
@@ -125,17 +130,19 @@ class BilevelTrainer:
         if is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_folder / "config.yaml")
-        writer = MetricsWriter(self.run_folder / "metrics.jsonl", is_main)
+        writer = MetricsWriter(self.run_folder / METRICS, is_main)
         unroll_steps = self.config.upper.unroll_steps
         lower_stream = self._stream(self.train_batches, run.iteration_num * unroll_steps)
         meta_stream = (
             None if self.config.unweighted else self._stream(self.meta_batches, run.iteration_num)
         )
         progress = tqdm(range(1, run.iteration_num + 1), desc=self._label(), disable=not is_main)
+        logged = 0
         for iteration in progress:
             values = self.iteration(lower_stream, meta_stream)
             if iteration % run.log_every == 0 or iteration == run.iteration_num:
-                metrics = self._metrics(iteration, values)
+                metrics = self._metrics(iteration, values, iteration - logged)
+                logged = iteration
                 writer.write(metrics)
                 progress.set_postfix(
                     {k: f"{metrics[k]:.3f}" for k in ("lower_loss", "meta_loss") if k in metrics}
@@ -213,8 +220,12 @@ class BilevelTrainer:
         run = self.config.run
         return "cold start" if run.retrain else "baseline" if run.baseline else "bi-level"
 
-    def _metrics(self, iteration: int, values: dict) -> dict[str, float]:
-        """Global means from what each rank saw, by the names of `metrics.FIELDS`."""
+    def _metrics(self, iteration: int, values: dict, since: int = 1) -> dict[str, float]:
+        """Global means from what each rank saw, by the names of `metrics.FIELDS`.
+
+        Args:
+            since: iterations since the last call, which the seconds add up over.
+        """
         lower: LowerStep = values["lower"]
         sums = [lower.losses.sum(), (lower.weights * lower.losses).sum()]
         if "meta_losses" in values:
@@ -241,7 +252,7 @@ class BilevelTrainer:
         seconds = self.phases.take()
         peak = torch.tensor([float(peak_memory_bytes(self.device))], device=self.device)
         return metrics | {
-            "samples_per_second": instances * self.config.run.log_every / sum(seconds.values()),
+            "samples_per_second": instances * since / sum(seconds.values()),
             **seconds,
             "peak_memory_gib": float(distributed.all_reduce_max(peak)) / 2**30,
         }

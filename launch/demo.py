@@ -105,7 +105,6 @@ class Demo:
             *("--train_json_file", self.out / "shards" / train / "train"),
             *("--meta_json_file", self.out / "shards" / meta / "meta"),
             *("--reward_model", start_from, "--weights_path", run),
-            processes=NUM_RANKS,
         )
         return run / "export"
 
@@ -118,19 +117,18 @@ class Demo:
             *(LAUNCH / "evaluate.py", "--model", self.out / name / "export"),
             *("--test_json_file", self.out / "data" / "test.json"),
             *("--output_dir", folder, "--precision", "fp32"),
-            processes=NUM_RANKS,
         )
         return json.loads((folder / "results.json").read_text())
 
-    def _python(self, stage: str, *arguments: object, processes: int = 1) -> None:
+    def _python(self, stage: str, *arguments: object) -> None:
         """Run a stage as a command of its own, its output in `logs/`; stop when it fails."""
         log = self.out / "logs" / f"{stage.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, *map(str, arguments)]
         print(f"{stage} ...", end=" ", flush=True)
         start = time.monotonic()
-        threads = max(1, os.cpu_count() // processes)  # the processes of a stage share the cores
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # The ranks of a stage share the cores; more threads than cores would wait for each other.
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // NUM_RANKS))}
         with log.open("w") as output:
             output.write(" ".join(command) + "\n\n")
             output.flush()

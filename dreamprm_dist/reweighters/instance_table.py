@@ -134,17 +134,17 @@ class InstanceTable:
         extremes = torch.stack([-weights.min(), weights.max()])
         low, high = distributed.all_reduce_max(extremes).tolist()
         low = -low
-        histogram = torch.histc(weights.cpu(), HISTOGRAM_BINS, low, high) if high > low else None
-        counts = torch.zeros(HISTOGRAM_BINS) if histogram is None else histogram
-        packed = torch.cat([counts.double(), weights.double().sum()[None].cpu()])
-        packed = distributed.all_reduce_sum(packed.to(weights.device))
+        # histc takes equal bounds for "find them yourself", which would differ between ranks.
+        bounds = (low, high) if high > low else (low, low + 1)
+        counts = torch.histc(weights, HISTOGRAM_BINS, *bounds)
+        packed = torch.cat([counts.double(), weights.double().sum()[None]])
+        packed = distributed.all_reduce_sum(packed)
         total = sum(self._rows_per_shard)
         result = {"mean": float(packed[-1]) / total, "min": low, "max": high}
         cumulative = packed[:-1].cumsum(0)
         for q in QUANTILES:
             edge = int((cumulative < q * total).sum()) + 1
-            value = low + (high - low) * edge / HISTOGRAM_BINS if high > low else low
-            result[f"q{round(q * 100):02d}"] = value
+            result[f"q{round(q * 100):02d}"] = low + (high - low) * edge / HISTOGRAM_BINS
         return result
 
     def gather(self) -> tuple[Tensor, Tensor] | None:

@@ -115,3 +115,9 @@ def test_a_model_folder_that_is_none(train, tmp_path: Path):
 
 def test_a_model_that_is_nowhere(train, tmp_path: Path):
     assert "no-model" in train(reward_model=tmp_path / "no-model")
+
+
+def test_a_run_folder_that_is_taken(train, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "already holds a run" in train()

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -19,10 +20,14 @@ def flag_rows() -> list[str]:
     rows = []
     for part in dataclasses.fields(TrainConfig):
         section = getattr(config, part.name)
+        hints = get_type_hints(type(section))
         rows.append(f"### {type(section)._argument_group_name.capitalize()}")
         for field in dataclasses.fields(section):
             default = getattr(section, field.name)
-            text = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
+            text = field.metadata["help"].replace("%%", "%")
+            if choices := get_args(hints[field.name]):
+                names = [f"`{name}`" for name in choices if isinstance(name, str)]
+                text += f" One of {', '.join(names)}." if names else ""
             rows.append(f"| `{field.name}` | `{default}` | {text} |")
     return rows
 
