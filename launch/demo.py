@@ -190,7 +190,8 @@ def pooled(runs: list[dict[str, dict]]) -> dict:
         name: np.concatenate([run[name]["selected_correct"]["mean"] for run in runs]).astype(float)
         for name in PRMS
     }
-    clusters = [(seed, *images) for seed, r in enumerate(first) for images in r["question_images"]]
+    # Seeds split the same digits anew, so one digit is one cluster in all of them.
+    clusters = [tuple(images) for result in first for images in result["question_images"]]
     differences = {}
     for other in ("baseline", "cold_start", "baseline_plus_meta"):
         gains = correct["instance_table"] - correct[other]
