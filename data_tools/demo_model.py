@@ -59,7 +59,7 @@ DOWNSAMPLE_RATIO = 0.5
 # Without the reading steps first, verification is not learned in thousands of steps.
 READING_STEPS, VERIFICATION_STEPS = 150, 700
 BATCH_SIZE, LR = 32, 3e-3
-VERIFICATION_ERRORS = (0.4, 0.3, 0.2, 0.1)  # where solutions go wrong, as in demo_data
+VERIFICATION_ERRORS = (0.4, 0.3, 0.2, 0.1)  # of no error and of one in each step
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

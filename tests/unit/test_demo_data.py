@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,16 @@ def test_tokenizer_is_short_on_demo_texts_and_reads_any_other(
         assert len(encoded.input_ids) <= 60 and len(encoded.step_positions) == 3
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On busy cores two threads wait for each other: this took 206 s with two, 20 s with one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_few_steps_of_pretraining_lower_the_loss(tiny_data_dir: Path) -> None:
     model, tokenizer = build_tiny_model(data_texts(tiny_data_dir), seed=1)
     pretraining = Pretraining(model, tokenizer, list(range(64)), seed=1)
