@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_translated = False  # the variables are ours and not a launcher's
 
 
 def initialize(device: str = "auto") -> torch.device:
@@ -73,14 +76,10 @@ def _adopt_launcher_environment() -> None:
         _set_ranks(0, 1, 0, "127.0.0.1", _free_port())
 
 
-def _set_ranks(rank: int, world_size: int, local_rank: int, address: str, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(local_rank),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-    )
+def _set_ranks(*values: int | str) -> None:
+    global _translated
+    _translated = True
+    os.environ.update(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
 def _free_port() -> int:
@@ -90,9 +89,14 @@ def _free_port() -> int:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, and take back what was written into the environment."""
+    global _translated
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _translated:
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+        _translated = False
 
 
 def rank() -> int:

@@ -1,7 +1,12 @@
 """Fixtures shared by all tests: a tiny model, a small data set, the reference facts."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# One thread a process, also in those that tests start: small tensors gain nothing from more, and
+# on busy cores threads wait for each other for minutes. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
