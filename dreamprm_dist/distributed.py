@@ -63,7 +63,7 @@ def _adopt_launcher_environment() -> None:
         if missing:
             raise ValueError(
                 f"srun started {env['SLURM_NTASKS']} tasks without {' and '.join(sorted(missing))}"
-                "; export them in the batch script as launch/slurm/train.sbatch does"
+                "; export the first node's name and a free port under these names before srun"
             )
         _set_ranks(
             int(env["SLURM_PROCID"]),
