@@ -9,8 +9,6 @@ from torch import Tensor
 from dreamprm_dist.aggregation import aggregate, pad_steps
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 
-LOSS_TARGETS = ("+", "both")
-
 
 def instance_losses(logits: Tensor, targets: Tensor, step_rows: Tensor, num_rows: int) -> Tensor:
     """Lower-level loss of each instance: mean cross-entropy over its labelled steps.

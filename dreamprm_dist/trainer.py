@@ -155,10 +155,10 @@ class BilevelTrainer:
         self, lower_stream: Iterator[list[Batch]], meta_stream: Iterator[list[Batch]] | None
     ) -> dict[str, Tensor | float]:
         """One outer iteration; returns what this rank saw of it."""
-        lr = self.engine.lr
         for _ in range(self.config.upper.unroll_steps):
             with self.phases("data"):
                 micro_batches = [batch.to(self.device) for batch in next(lower_stream)]
+            lr = self.engine.lr
             with self.phases("lower"):
                 step = self.engine.lower_step(micro_batches, self._weigh)
         values = {"lr": lr, "lower": step}
@@ -180,9 +180,8 @@ class BilevelTrainer:
         values["meta_lr"] = self.reweighter.lr
         with self.phases("upper"):
             values["hypergradient_squared_norm"] = self.reweighter.step()
-        values["meta_gradient_norm"] = float(
-            torch.stack(torch._foreach_norm([t.float() for t in v.values()])).norm()
-        )
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in v.values()]
+        values["meta_gradient_norm"] = float(torch.stack(norms).norm())
         return values
 
     def _weigh(self, sample_ids: Tensor) -> Tensor:
