@@ -10,7 +10,7 @@ PACKAGE = ROOT / "dreamprm_dist"
 # A module may import from its own level and below. Levels are those of the design.
 LEVELS = [
     {"config", "distributed"},
-    {"schedules", "prm", "data", "aggregation", "solutions"},
+    {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
     {"trainer", "best_of_n"},
 ]
