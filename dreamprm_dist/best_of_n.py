@@ -1,4 +1,4 @@
-"""Best-of-N: score the candidate solutions of a question, choose one, count how often it is right.
+"""Best-of-N: choose one of the candidate solutions of a question, count how often it is right.
 
 How N samples and a verifier are judged follows Cobbe et al., arXiv:2110.14168 (first candidate,
 verifier, oracle) and Wang et al., arXiv:2203.11171 (self-consistency).
@@ -12,15 +12,8 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.aggregation import AGGREGATIONS, aggregate, pad_steps
-from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
-from dreamprm_dist.data.schema import RecordError, TestRecord
-from dreamprm_dist.losses import step_scores
-from dreamprm_dist.prm.chat import label_token_ids
-from dreamprm_dist.prm.model import PRM
-from dreamprm_dist.solutions import SYSTEM_PROMPT, candidate_conversation
 
 
 @dataclass
@@ -46,55 +39,6 @@ class CandidateScores:
     answer: str | None
     true_false: bool
     images: list[str] = field(default_factory=list)
-
-
-@torch.no_grad()
-def score_question(
-    prm: PRM,
-    tokenizer: PreTrainedTokenizerBase,
-    record: TestRecord,
-    images: Sequence[bytes],
-    *,
-    max_tiles: int,
-    device: torch.device,
-    system_prompt: str = SYSTEM_PROMPT,
-) -> list[list[float]]:
-    """P(+) after each step of each candidate; leaves the PRM in evaluation mode.
-
-    A question's candidates are one batch of their own, so that its scores do not depend on which
-    other questions a process has.
-
-    Args:
-        images: the question's encoded images, checked by `data.schema.check_image`.
-        max_tiles: most tiles of an image, thumbnail not counted.
-
-    Returns:
-        For each candidate its step scores.
-
-    Raises:
-        RecordError: a candidate cannot be encoded.
-        ValueError: a step score is not a number.
-    """
-    input_format = InputFormat(
-        max_tiles, prm.tile_size, prm.tokens_per_tile, prm.max_length, label_context="plus"
-    )
-    instances = []
-    for index, solution in enumerate(record.candidates):
-        try:
-            conversation = candidate_conversation(record.question, solution, system_prompt)
-            instances.append(encode_instance(conversation, images, tokenizer, input_format))
-        except ValueError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
-    batch = collate(instances, tokenizer.pad_token_id).to(device)
-    prm.eval()
-    scores = step_scores(prm(batch), label_token_ids(tokenizer)["+"]).cpu()
-    rows = batch.step_rows.cpu()
-    if scores.isnan().any():
-        raise ValueError(
-            f"question {record.id!r}, candidate {int(rows[scores.isnan()][0])}: a step score is "
-            "not a number; the model's weights are broken or overflow in this precision, try fp32"
-        )
-    return [part.tolist() for part in scores.split(torch.bincount(rows).tolist())]
 
 
 def aggregate_candidates(

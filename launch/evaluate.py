@@ -28,7 +28,6 @@ from dreamprm_dist.best_of_n import (
     aggregate_candidates,
     clustered_bootstrap,
     judge,
-    score_question,
 )
 from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.images import read_image
@@ -38,7 +37,8 @@ from dreamprm_dist.data.schema import (
     read_json_records,
 )
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
-from dreamprm_dist.solutions import extract_answer
+from dreamprm_dist.scoring import score_solutions
+from dreamprm_dist.solutions import extract_answer, split_steps
 
 # Processes finish at different times, for images have different sizes; the default of ten minutes
 # would end a long evaluation at its last barrier.
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         for question in tqdm(mine, desc="questions", disable=not state.is_main_process):
             line, record = records[question]
             try:
-                rows = _score(config, prm, tokenizer, question, record, state.device)
+                rows = _score(config, prm, tokenizer, question, record)
             except RecordError as error:
                 source_id = record.get("id") if isinstance(record, dict) else None
                 rows = [{"question": question, "line": line, "id": source_id, "reason": str(error)}]
@@ -112,7 +112,6 @@ def _score(
     tokenizer: PreTrainedTokenizerBase,
     question: int,
     raw: dict | RecordError,
-    device: torch.device,
 ) -> list[dict]:
     """A line of `scores.jsonl` for each candidate of a question."""
     if isinstance(raw, RecordError):
@@ -121,8 +120,13 @@ def _score(
     root = Path(config.image_root or Path(config.test_json_file).parent)
     images = [read_image(root / path, path)[0] for path in record.images]
     try:
-        scores = score_question(
-            prm, tokenizer, record, images, max_tiles=config.max_patch_num, device=device
+        scores = score_solutions(
+            prm,
+            tokenizer,
+            record.question,
+            [split_steps(solution) for solution in record.candidates],
+            images,
+            max_tiles=config.max_patch_num,
         )
     except RecordError:
         raise

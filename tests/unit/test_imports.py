@@ -12,7 +12,7 @@ LEVELS = [
     {"config", "distributed"},
     {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
-    {"trainer", "best_of_n"},
+    {"trainer", "best_of_n", "scoring"},
 ]
 OWNERS = {
     "deepspeed": {"dreamprm_dist/engine.py"},
