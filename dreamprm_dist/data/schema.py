@@ -209,6 +209,30 @@ def parse_test_record(record: object) -> TestRecord:
     )
 
 
+def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | list[str]]]:
+    """Check a record of solutions to score; returns question, image paths and solutions.
+
+    The solutions are `candidates`, each a text or a list of steps, or the one of `steps`.
+
+    Raises:
+        RecordError: a missing question, neither or both of the two, no solution, or wrong types.
+    """
+    record = _require_object(record)
+    question = _text(record.get("question"), "'question'")
+    if ("steps" in record) == ("candidates" in record):
+        raise RecordError("give either 'steps' or 'candidates'.")
+    solutions = [record["steps"]] if "steps" in record else record["candidates"]
+    if not isinstance(solutions, list) or not solutions:
+        raise RecordError(f"'candidates' must be a non-empty list, not {_shown(solutions)}.")
+    for i, solution in enumerate(solutions):
+        key = "steps" if "steps" in record else f"candidates[{i}]"
+        if "steps" in record and not isinstance(solution, list):
+            raise RecordError(f"'steps' must be a list of texts, not {_shown(solution)}.")
+        for step in solution if isinstance(solution, list) else [solution]:
+            _text(step, key)
+    return question, _parse_images(record.get("image_path"), "image_path"), solutions
+
+
 def _starts_with_bracket(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()

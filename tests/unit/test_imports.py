@@ -13,6 +13,7 @@ LEVELS = [
     {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
     {"trainer", "best_of_n", "scoring"},
+    {"api"},
 ]
 OWNERS = {
     "deepspeed": {"dreamprm_dist/engine.py"},
