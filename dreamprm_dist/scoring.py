@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,6 @@ from dreamprm_dist.prm.tiling import image_tiles
 from dreamprm_dist.solutions import SYSTEM_PROMPT, steps_conversation
 
 
-@torch.no_grad()
 def score_solutions(
     prm: PRM,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,34 +27,54 @@ def score_solutions(
     max_tiles: int,
     system_prompt: str = SYSTEM_PROMPT,
 ) -> list[list[float]]:
-    """P(+) after each step of each solution; leaves the PRM in evaluation mode.
-
-    The solutions of a question are one batch of their own, so that no score depends on what else a
-    process has to do. Within it they stand in an order of their own and equal ones once: neither
-    the order of the solutions nor a repeated one changes any score.
+    """P(+) after each step of each solution of a question; see `score_conversations`.
 
     Args:
         solutions: for each solution its steps.
-        images: the question's encoded images, checked by `data.schema.check_image`.
+    """
+    conversations = []
+    for index, steps in enumerate(solutions):
+        try:
+            conversations.append(steps_conversation(question, steps, system_prompt))
+        except ValueError as error:
+            raise RecordError(f"candidate {index}: {error}") from error
+    return score_conversations(prm, tokenizer, conversations, images, max_tiles=max_tiles)
+
+
+@torch.no_grad()
+def score_conversations(
+    prm: PRM,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict]],
+    images: Sequence[bytes],
+    *,
+    max_tiles: int,
+) -> list[list[float]]:
+    """P(+) after each step of conversations about the same images; the PRM is left evaluating.
+
+    The conversations of a question are one batch of their own, so that no score depends on what
+    else a process has to do. Within it they stand in an order of their own and equal ones once:
+    neither the order of the conversations nor a repeated one changes any score.
+
+    Args:
+        conversations: turns as in `prm.chat.encode_conversation`; labels are not looked at.
+        images: encoded images, checked by `data.schema.check_image`.
         max_tiles: most tiles of an image, thumbnail not counted.
 
     Returns:
-        For each solution the score of each of its steps, in [0, 1].
+        For each conversation the score of each of its steps, in [0, 1].
 
     Raises:
-        RecordError: a solution cannot be encoded; it is named by its index.
+        RecordError: a conversation cannot be encoded; it is named by its index, as a candidate.
         ValueError: a score is not a number.
     """
     tiles = [image_tiles(data, max_tiles, prm.tile_size) for data in images]
+    counts = [len(part) for part in tiles]
     encoded: list[EncodedConversation] = []
-    for index, steps in enumerate(solutions):
+    for index, turns in enumerate(conversations):
         try:
             conversation = encode_conversation(
-                steps_conversation(question, steps, system_prompt),
-                tokenizer,
-                [len(part) for part in tiles],
-                prm.tokens_per_tile,
-                label_context="plus",
+                turns, tokenizer, counts, prm.tokens_per_tile, label_context="plus"
             )
             if (length := len(conversation.input_ids)) > prm.max_length:
                 raise ValueError(
@@ -76,7 +96,7 @@ def score_solutions(
     }
     result = [scores[tuple(conversation.input_ids)] for conversation in encoded]
     for index, values in enumerate(result):
-        if any(value != value for value in values):
+        if any(math.isnan(value) for value in values):
             raise ValueError(
                 f"candidate {index}: a step score is not a number; the model's weights are broken "
                 "or overflow in this precision, try fp32"

@@ -12,8 +12,8 @@ LEVELS = [
     {"config", "distributed"},
     {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
-    {"trainer", "best_of_n", "scoring"},
-    {"api"},
+    {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
+    {"api", "evaluation"},
 ]
 OWNERS = {
     "deepspeed": {"dreamprm_dist/engine.py"},
