@@ -59,5 +59,6 @@ train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=�
 evaluate: $(STAMP) ## Best-of-N of MODEL=… on TEST=…
 	$(PYTHON) launch/evaluate.py --model "$(MODEL)" --test_json_file "$(TEST)"
 
-bench: $(STAMP) ## what a bi-level iteration costs over a plain step, in bench.json
+bench: $(STAMP) ## cost of a bi-level iteration, speed of Best-of-N scoring, in bench.json
 	$(PYTHON) tests/benchmarks/bench_iteration.py
+	$(PYTHON) tests/benchmarks/bench_best_of_n.py

@@ -1,4 +1,4 @@
-"""Best-of-N: score the candidate solutions of a question, choose one, count how often it is right.
+"""Best-of-N: choose one of the candidate solutions of a question, count how often it is right.
 
 How N samples and a verifier are judged follows Cobbe et al., arXiv:2110.14168 (first candidate,
 verifier, oracle) and Wang et al., arXiv:2203.11171 (self-consistency).
@@ -12,15 +12,8 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.aggregation import AGGREGATIONS, aggregate, pad_steps
-from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
-from dreamprm_dist.data.schema import RecordError, TestRecord
-from dreamprm_dist.losses import step_scores
-from dreamprm_dist.prm.chat import label_token_ids
-from dreamprm_dist.prm.model import PRM
-from dreamprm_dist.solutions import SYSTEM_PROMPT, candidate_conversation
 
 
 @dataclass
@@ -36,6 +29,7 @@ class CandidateScores:
         answer: the extracted answer, None when it could not be parsed.
         true_false: whether the final answer is right.
         images: the question's image paths; questions about the same images are not independent.
+        step_labels: `+`, `-` or None (unlabelled) for each step, where steps have labels.
     """
 
     question: int
@@ -46,55 +40,7 @@ class CandidateScores:
     answer: str | None
     true_false: bool
     images: list[str] = field(default_factory=list)
-
-
-@torch.no_grad()
-def score_question(
-    prm: PRM,
-    tokenizer: PreTrainedTokenizerBase,
-    record: TestRecord,
-    images: Sequence[bytes],
-    *,
-    max_tiles: int,
-    device: torch.device,
-    system_prompt: str = SYSTEM_PROMPT,
-) -> list[list[float]]:
-    """P(+) after each step of each candidate; leaves the PRM in evaluation mode.
-
-    A question's candidates are one batch of their own, so that its scores do not depend on which
-    other questions a process has.
-
-    Args:
-        images: the question's encoded images, checked by `data.schema.check_image`.
-        max_tiles: most tiles of an image, thumbnail not counted.
-
-    Returns:
-        For each candidate its step scores.
-
-    Raises:
-        RecordError: a candidate cannot be encoded.
-        ValueError: a step score is not a number.
-    """
-    input_format = InputFormat(
-        max_tiles, prm.tile_size, prm.tokens_per_tile, prm.max_length, label_context="plus"
-    )
-    instances = []
-    for index, solution in enumerate(record.candidates):
-        try:
-            conversation = candidate_conversation(record.question, solution, system_prompt)
-            instances.append(encode_instance(conversation, images, tokenizer, input_format))
-        except ValueError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
-    batch = collate(instances, tokenizer.pad_token_id).to(device)
-    prm.eval()
-    scores = step_scores(prm(batch), label_token_ids(tokenizer)["+"]).cpu()
-    rows = batch.step_rows.cpu()
-    if scores.isnan().any():
-        raise ValueError(
-            f"question {record.id!r}, candidate {int(rows[scores.isnan()][0])}: a step score is "
-            "not a number; the model's weights are broken or overflow in this precision, try fp32"
-        )
-    return [part.tolist() for part in scores.split(torch.bincount(rows).tolist())]
+    step_labels: list[str | None] | None = None
 
 
 def aggregate_candidates(
@@ -143,7 +89,8 @@ def judge(
     Returns:
         `num_questions`, `num_candidates`, `num_unparsed` (candidates), `accuracy` (the above),
         `by_subject` (the same for each subject, when there are subjects) and, question by question
-        for paired statistics, `question_ids`, `question_images`, `first_correct` and
+        for paired statistics, `question_ids`, `question_images`, `first_correct`,
+        `random_correct` (expected), `self_consistency_correct`, `oracle_correct` and
         `selected_correct`.
 
     Raises:
@@ -166,6 +113,9 @@ def judge(
         "question_ids": [question.id for question in questions],
         "question_images": [question.images for question in questions],
         "first_correct": [question.first for question in questions],
+        "random_correct": [question.random for question in questions],
+        "self_consistency_correct": [question.self_consistency for question in questions],
+        "oracle_correct": [question.oracle for question in questions],
         "selected_correct": {name: [q.prm[name] for q in questions] for name in names},
     }
 
@@ -198,13 +148,14 @@ class _Outcome:
             num_unparsed=answers.count(None),
             first=right[0],
             random=fmean(right),
-            self_consistency=_majority_is_right(answers, right),
+            self_consistency=majority_is_right(answers, right),
             oracle=any(right),
             prm={name: right[select(scores)] for name, scores in totals.items()},
         )
 
 
-def _majority_is_right(answers: list[str | None], right: list[bool]) -> bool:
+def majority_is_right(answers: Sequence[str | None], right: Sequence[bool]) -> bool:
+    """Whether the first candidate with the most frequent answer is right; see `judge`."""
     votes = Counter(answer for answer in answers if answer is not None)
     # A Counter keeps the order of first appearance, and max() keeps the first of equals.
     return bool(votes) and right[answers.index(max(votes, key=votes.__getitem__))]
@@ -246,16 +197,41 @@ def clustered_bootstrap(
         ValueError: the two differ in length or are empty.
     """
     values = np.asarray(differences, dtype=np.float64)
+    low, high = bootstrap_intervals(values[:, None], clusters, num_samples, seed)[0]
+    return float(values.mean()), float(low), float(high)
+
+
+def bootstrap_intervals(
+    values: np.ndarray, clusters: Sequence[Hashable], num_samples: int = 10_000, seed: int = 0
+) -> np.ndarray:
+    """Percentile 95 % intervals of M means over the same questions, resampling whole clusters.
+
+    All columns are resampled with the same draws: intervals of methods and of their differences
+    belong together.
+
+    Args:
+        values: shape (Q, M), of each question and method.
+        clusters: for each question its cluster.
+
+    Returns:
+        shape (M, 2), low and high.
+
+    Raises:
+        ValueError: the two differ in length or are empty.
+    """
     if len(values) != len(clusters) or not len(values):
         raise ValueError(
             f"{len(values)} differences and {len(clusters)} clusters; give one cluster a difference"
         )
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    members = np.array([index[cluster] for cluster in clusters])
-    sums, sizes = np.bincount(members, weights=values), np.bincount(members)
+    sums, sizes = np.zeros((len(index), values.shape[1])), np.zeros(len(index))
+    members = [index[cluster] for cluster in clusters]
+    np.add.at(sums, members, values)
+    np.add.at(sizes, members, 1)
     generator = np.random.default_rng(seed)
-    # One sample at a time: all at once would hold num_samples x clusters numbers.
-    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(num_samples))
-    means = [sums[draw].sum() / sizes[draw].sum() for draw in draws]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+    means = []
+    for start in range(0, num_samples, 500):  # all at once would hold num_samples x clusters
+        count = min(500, num_samples - start)
+        draws = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), count)
+        means.append(draws @ sums / (draws @ sizes)[:, None])
+    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T

@@ -12,7 +12,11 @@ from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
 from dreamprm_dist.config import TrainConfig
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.model_card import model_card
+from dreamprm_dist.prm import layout
+from dreamprm_dist.prm.chat import CHAT_TEMPLATE
 from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD
 
 INSTANCE_WEIGHTS = "instance_weights.parquet"
 
@@ -35,17 +39,32 @@ def export_prm(
     folder: Path, prm: PRM, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> None:
     """Write the PRM as a Hugging Face folder that loads again without torchvision."""
-    prm.model.save_pretrained(folder)
+    save_model(folder, prm, tokenizer)
+    (folder / "README.md").write_text(model_card(config.as_dict()), encoding="utf-8")
+
+
+def save_model(
+    folder: Path, prm: PRM, tokenizer: PreTrainedTokenizerBase, original: bool = False
+) -> None:
+    """Write model, tokenizer with chat template and image processor; weights as safetensors.
+
+    Args:
+        original: in the layout of `InternVLChatModel` instead of transformers' own.
+    """
+    if original:
+        layout.save_original(folder, prm.model.config, prm.model.state_dict())
+    else:
+        prm.model.save_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     # The Pil backend: the stock processor of InternVL also wants a video processor, and that
     # torchvision.
-    try:
-        processor = GotOcr2ImageProcessorPil.from_pretrained(config.model.reward_model)
-    except OSError:
-        size = {"height": prm.tile_size, "width": prm.tile_size}
-        processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True)
-    processor.save_pretrained(folder)
-    (folder / "README.md").write_text(_model_card(config), encoding="utf-8")
+    GotOcr2ImageProcessorPil(
+        size={"height": prm.tile_size, "width": prm.tile_size},
+        crop_to_patches=True,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    ).save_pretrained(folder)
 
 
 def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weights: Tensor) -> None:
@@ -66,27 +85,3 @@ def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weigh
         }
     )
     pq.write_table(table, folder / INSTANCE_WEIGHTS)
-
-
-def _model_card(config: TrainConfig) -> str:
-    settings = "\n".join(f"| {name} | `{value}` |" for name, value in config.as_dict().items())
-    kind = (
-        "plain fine-tuning"
-        if config.unweighted
-        else f"bi-level optimisation, a learned weight an instance ({config.upper.reweighter})"
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-base_model: {config.model.reward_model}
----
-
-# Process reward model
-
-Trained by dreamprm_dist with {kind}. It reads an image, a question and a solution step by step;
-a step's score is the probability of `+` after it, at the last token of `<|im_start|>assistant\\n`.
-
-| setting | value |
-|---|---|
-{settings}
-"""

@@ -254,7 +254,9 @@ def _recipe_flags(file: Path, known: dict[str, str]) -> list[str]:
     for key, value in recipe.items():
         if key not in known or key in ("config", "help"):
             raise ValueError(f"recipe {file}: {_unknown(str(key), known)}")
-        if value is not None:
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
             flags.append(f"--{key}={value}")
     return flags
 

@@ -1,6 +1,7 @@
 """A solution's text: its steps, its answer, and the conversation in which the PRM judges it."""
 
 import re
+from collections.abc import Sequence
 
 # The released checkpoints were trained with exactly this text.
 SYSTEM_PROMPT = """\
@@ -78,14 +79,14 @@ def _normalise(answer: str) -> str:
     return answer.upper() if len(answer) == 1 else answer
 
 
-def candidate_conversation(
-    question: str, solution: str, system_prompt: str = SYSTEM_PROMPT
+def steps_conversation(
+    question: str, steps: Sequence[str], system_prompt: str = SYSTEM_PROMPT
 ) -> list[dict[str, str | None]]:
-    """The conversation in which the PRM scores every step of a candidate solution.
+    """The conversation in which the PRM scores every step of a solution.
 
     Args:
         question: the question, with its options where it has any.
-        solution: the candidate's text.
+        steps: texts of the steps.
         system_prompt: what the PRM was told in training.
 
     Returns:
@@ -93,9 +94,8 @@ def candidate_conversation(
         and an unlabelled `gpt` turn.
 
     Raises:
-        ValueError: the solution has no text.
+        ValueError: there is no step.
     """
-    steps = split_steps(solution)
     if not steps:
         raise ValueError("the solution has no step: its text is empty; remove it from the file")
     conversation: list[dict[str, str | None]] = [

@@ -1,17 +1,19 @@
-"""Best-of-N evaluation: a trained PRM chooses among candidate solutions.
+"""Best-of-N evaluation: trained PRMs choose among candidate solutions, one table for all.
 
-    python launch/evaluate.py --model weights/export --test_json_file test.json --output_dir out
-    torchrun --nproc_per_node 8 launch/evaluate.py ...   (or: accelerate launch)
+    python launch/evaluate.py --model runs/table/export --test_json_file test.json --output_dir out
+    torchrun --nproc_per_node 8 launch/evaluate.py --model runs/table/export runs/net/export ...
 
-Writes `results.json`, `scores.jsonl` (one line a candidate), `rejected.jsonl` and `config.yaml`.
-The files are the same bytes for any number of processes as long as each has the same number of
-threads (OMP_NUM_THREADS; torchrun sets it to 1): on a CPU that number changes rounding.
+Writes `results.json`, `scores.jsonl` (one line a PRM and candidate), `rejected.jsonl` and
+`config.yaml`. The files are the same bytes for any number of processes, and for an evaluation that
+was stopped and started again, as long as each process has the same number of threads
+(OMP_NUM_THREADS; torchrun sets it to 1): on a CPU that number changes rounding.
 """
 
+import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -20,53 +22,55 @@ import torch
 import yaml
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.best_of_n import (
-    CandidateScores,
-    aggregate_candidates,
-    clustered_bootstrap,
-    judge,
-    score_question,
-)
+from dreamprm_dist.best_of_n import CandidateScores, aggregate_candidates, judge
 from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.images import read_image
-from dreamprm_dist.data.schema import (
-    RecordError,
-    parse_test_record,
-    read_json_records,
-)
-from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
-from dreamprm_dist.solutions import extract_answer
+from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.evaluation import BASICS, compare
+from dreamprm_dist.evaluation_table import text_table
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.questions import Question, read_meta_questions, read_test_questions
+from dreamprm_dist.score_parts import Key, ScoreParts
+from dreamprm_dist.scoring import score_conversations
 
 # Processes finish at different times, for images have different sizes; the default of ten minutes
 # would end a long evaluation at its last barrier.
 TIMEOUT = timedelta(hours=12)
+ON_META = "meta"
 
 
 @dataclass
 class EvaluateConfig:
     """Everything `launch/evaluate.py` is told."""
 
-    model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
+    model: list[str] = field(
+        default_factory=lambda: ["./weights/export"],
+        metadata={"help": "PRMs: local folders or hub names, or label=folder."},
+    )
     test_json_file: str = flag("./data/test.json", "Questions with candidates, JSON or JSONL.")
     output_dir: str = flag("./evaluation", "Folder for the results; made when it is not there.")
     image_root: str | None = flag(
-        None, "Folder that image paths start at (default: the test file's own folder)."
+        None, "Folder that image paths start at (default: the file's own folder)."
     )
-    aggregation_function: str = flag("mean", "The headline's aggregation; all are reported.")
+    aggregation_function: str = flag(
+        "mean", "Aggregation that stands for a PRM; meta: the best one on meta_json_file."
+    )
+    meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
     max_patch_num: int = flag(12, "Most tiles of an image, thumbnail not counted.")
     precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
     seed: int = flag(0, "Seed of the bootstrap.")
 
     def __post_init__(self) -> None:
-        if self.aggregation_function not in AGGREGATIONS:
+        if self.aggregation_function not in (*AGGREGATIONS, ON_META):
             raise ValueError(
                 f"unknown aggregation_function {self.aggregation_function!r}; choose from "
-                f"{', '.join(AGGREGATIONS)}"
+                f"{', '.join(AGGREGATIONS)}, or {ON_META} with --meta_json_file"
             )
+        if (self.aggregation_function == ON_META) != (self.meta_json_file is not None):
+            raise ValueError("--aggregation_function meta and --meta_json_file go together")
         if self.max_patch_num < 1:
             raise ValueError(f"max_patch_num is {self.max_patch_num}; it must be at least 1")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -75,150 +79,207 @@ class EvaluateConfig:
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((EvaluateConfig,), argv, "Choose the best of N candidate solutions.")
-    records = list(read_json_records(config.test_json_file))
+    models = labelled(config.model)
+    test = list(read_test_questions(config.test_json_file))
+    questions = {"test": {i: q for i, q in enumerate(test) if isinstance(q, Question)}, "meta": {}}
+    if config.meta_json_file:
+        questions["meta"] = dict(enumerate(read_meta_questions(config.meta_json_file)))
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     # Without cpu=True a process on a machine without GPU takes itself for the only one.
     use_cpu = config.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu, timeout=TIMEOUT)
-    prm = load_prm(config.model, config.precision, state.device)
-    tokenizer = load_tokenizer(config.model)
-
-    mine = range(state.process_index, len(records), state.num_processes)
-    with _part(out, state.process_index).open("w", encoding="utf-8") as part:
-        for question in tqdm(mine, desc="questions", disable=not state.is_main_process):
-            line, record = records[question]
-            try:
-                rows = _score(config, prm, tokenizer, question, record, state.device)
-            except RecordError as error:
-                source_id = record.get("id") if isinstance(record, dict) else None
-                rows = [{"question": question, "line": line, "id": source_id, "reason": str(error)}]
-            part.writelines(_json_line(row) for row in rows)
-            part.flush()
+    parts = ScoreParts(out, _settings(config, models))
     state.wait_for_everyone()
     if state.is_main_process:
-        parts = [_part(out, rank) for rank in range(state.num_processes)]
-        _finish(config, out, parts)
+        parts.gather()
+    state.wait_for_everyone()
+    done = parts.read()
+    state.wait_for_everyone()
+    parts.open(state.process_index)
+    for label, model in models.items():
+        keys = [Key(label, name, i) for name, group in questions.items() for i in group]
+        left = [key for key in keys if key not in done]
+        if left:
+            mine = left[state.process_index :: state.num_processes]
+            _score_all(config, model, mine, questions, parts, state)
+    parts.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(config, out, models, test, questions, parts)
     state.destroy_process_group()
 
 
-def _part(out: Path, rank: int) -> Path:
-    return out / f"scores.rank{rank}.jsonl"
+def labelled(specifications: list[str]) -> dict[str, str]:
+    """Label -> model; a run's `export` folder is called as its run.
+
+    Raises:
+        ValueError: two models have one label, or a label has another meaning in the table.
+    """
+    models: dict[str, str] = {}
+    for text in specifications:
+        label, equals, model = text.partition("=")
+        if not equals or Path(text).exists():
+            path = Path(text)
+            label, model = path.resolve().parent.name if path.name == "export" else path.name, text
+        if not label or label in models or label in BASICS:
+            raise ValueError(f"model {text}: the label {label!r} is taken; give it as label=folder")
+        models[label] = model
+    return models
 
 
-def _score(
+def _settings(config: EvaluateConfig, models: dict[str, str]) -> dict:
+    """All that scores depend on; of local files also what shows that they were changed."""
+
+    def state(path: Path) -> list:
+        return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+
+    def digest(file: str | None) -> str | None:
+        return file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+    return {
+        "model": {
+            label: [model, *map(state, sorted(Path(model).glob("*.safetensors")))]
+            for label, model in models.items()
+        },
+        "test_json_file": digest(config.test_json_file),
+        "meta_json_file": digest(config.meta_json_file),
+        "image_root": config.image_root,
+        "max_patch_num": config.max_patch_num,
+        "precision": config.precision,
+    }
+
+
+def _score_all(
     config: EvaluateConfig,
-    prm: PRM,
-    tokenizer: PreTrainedTokenizerBase,
-    question: int,
-    raw: dict | RecordError,
-    device: torch.device,
-) -> list[dict]:
-    """A line of `scores.jsonl` for each candidate of a question."""
-    if isinstance(raw, RecordError):
-        raise raw
-    record = parse_test_record(raw)
-    root = Path(config.image_root or Path(config.test_json_file).parent)
-    images = [read_image(root / path, path)[0] for path in record.images]
-    try:
-        scores = score_question(
-            prm, tokenizer, record, images, max_tiles=config.max_patch_num, device=device
-        )
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{config.test_json_file}, record {question + 1}: {error}") from error
-    aggregates = aggregate_candidates(scores)
-    return [
-        asdict(
-            CandidateScores(
-                question=question,
-                question_id=record.id,
-                candidate=index,
-                subject=record.subject,
-                step_scores=scores[index],
-                answer=extract_answer(solution),
-                true_false=record.true_false[index],
-                images=record.images,
+    model: str,
+    keys: list[Key],
+    questions: dict[str, dict[int, Question]],
+    parts: ScoreParts,
+    state: PartialState,
+) -> None:
+    prm, tokenizer = load_prm(model, config.precision, state.device), load_tokenizer(model)
+    files = {"test": config.test_json_file, "meta": config.meta_json_file}
+    for key in tqdm(keys, desc=key_label(keys), disable=not state.is_main_process):
+        question, file = questions[key.set][key.question], files[key.set]
+        root = Path(config.image_root or Path(file).parent)
+        try:
+            images = [read_image(root / path, path)[0] for path in question.images]
+            scores = score_conversations(
+                prm, tokenizer, question.conversations, images, max_tiles=config.max_patch_num
             )
-        )
-        | {"aggregates": {name: values[index] for name, values in aggregates.items()}}
-        for index, solution in enumerate(record.candidates)
-    ]
+            parts.write(key, {"scores": scores})
+        except RecordError as error:
+            parts.write(key, {"error": str(error)})
+        except ValueError as error:
+            raise ValueError(f"{model}: {file}, record {question.line}: {error}") from error
 
 
-def _finish(config: EvaluateConfig, out: Path, parts: list[Path]) -> None:
-    """Merge what the processes wrote, in the order of the questions, and judge it."""
-    rows = []
-    for part in parts:
-        with part.open(encoding="utf-8") as lines:
-            rows += map(json.loads, lines)
-    rows.sort(key=lambda row: row["question"])
-    scored = [row for row in rows if "reason" not in row]
-    rejected = [
-        {key: row[key] for key in ("line", "id", "reason")} for row in rows if "reason" in row
-    ]
+def key_label(keys: list[Key]) -> str:
+    return keys[0].prm if keys else "nothing left"
+
+
+def _finish(
+    config: EvaluateConfig,
+    out: Path,
+    models: dict[str, str],
+    test: list,
+    questions: dict[str, dict[int, Question]],
+    parts: ScoreParts,
+) -> None:
+    """Put together what the processes wrote, in the order of the questions, and judge it."""
+    scored = parts.read()
+    rejected = []
+    # A question that one PRM cannot take is left out for all: the comparison is paired.
+    for index, question in enumerate(test):
+        if not isinstance(question, Question):
+            line, source_id, error = question
+            rejected.append({"line": line, "id": source_id, "reason": str(error)})
+            continue
+        errors = (scored[Key(label, "test", index)].get("error") for label in models)
+        if reason := next(filter(None, errors), None):
+            rejected.append({"line": question.line, "id": question.id, "reason": reason})
+            del questions["test"][index]
     _write(out / "rejected.jsonl", "".join(map(_json_line, rejected)))
-    if not scored:
+    if not questions["test"]:
         why = "all {} records were rejected, the first at line {line}: {reason}"
         raise ValueError(
             f"{config.test_json_file}: no question was scored; "
             + (why.format(len(rejected), **rejected[0]) if rejected else "it has no record")
         )
-    names = [field.name for field in fields(CandidateScores)]
-    results = judge(CandidateScores(**{name: row[name] for name in names}) for row in scored)
+    prms = {label: _candidates(questions["test"], scored, label, "test") for label in models}
+    aggregations, on_meta = dict.fromkeys(models, config.aggregation_function), {}
+    if config.meta_json_file:
+        for label in models:
+            errors = [scored[Key(label, "meta", i)].get("error") for i in questions["meta"]]
+            if reason := next(filter(None, errors), None):
+                raise ValueError(f"{config.meta_json_file}: {reason}")
+            meta = _candidates(questions["meta"], scored, label, "meta")
+            on_meta[label] = judge(meta)["accuracy"]["prm"]
+            aggregations[label] = max(on_meta[label], key=on_meta[label].__getitem__)
+    compared = compare(prms, aggregations, config.seed)
+    judged = compared.pop("judged")
+    first = next(iter(models))
+    headline = next(
+        row for row in compared["table"]
+        if (row["prm"], row["aggregation"]) == (first, aggregations[first])
+    )  # fmt: skip
     results = {
-        "model": config.model,
+        "models": models,
         "test_json_file": config.test_json_file,
-        "headline": _headline(config, results),
+        "aggregation": {
+            "chosen_on": config.meta_json_file or "nothing: set by --aggregation_function",
+            "by_prm": aggregations,
+            "meta_accuracy": on_meta,
+        },
+        "headline": {
+            "aggregation_function": aggregations[first],
+            "accuracy": headline["accuracy"],
+            "gain_over_first": headline["over_first"],
+            "gain_interval_95": headline["over_first_interval_95"],
+        },
         "num_rejected": len(rejected),
-    } | results
-    _write(out / "scores.jsonl", "".join(map(_json_line, scored)))
+        # Of the first PRM, question by question; of the others under `prms`.
+        **{name: value for name, value in judged[first].items() if name != "by_subject"},
+        **compared,
+        "prms": {
+            label: {"accuracy": r["accuracy"]["prm"], "selected_correct": r["selected_correct"]}
+            for label, r in judged.items()
+        },
+    }
+    _write(out / "scores.jsonl", "".join(_score_lines(prms)))
     _write(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _write(out / "config.yaml", yaml.safe_dump(vars(config), sort_keys=False, allow_unicode=True))
-    for part in parts:
-        part.unlink()
-    print(_table(results), f"Results are in {out}", sep="\n")
+    parts.remove()
+    print(text_table(results), f"Results are in {out}", sep="\n")
 
 
-def _headline(config: EvaluateConfig, results: dict) -> dict:
-    """The chosen aggregation's accuracy and its gain over the first candidate."""
-    name = config.aggregation_function
-    pairs = zip(results["selected_correct"][name], results["first_correct"], strict=True)
-    gain, low, high = clustered_bootstrap(
-        [int(selected) - int(first) for selected, first in pairs],
-        # A question without an image is a cluster of its own.
-        [tuple(paths) or index for index, paths in enumerate(results["question_images"])],
-        seed=config.seed,
-    )
-    return {
-        "aggregation_function": name,
-        "accuracy": results["accuracy"]["prm"][name],
-        "gain_over_first": gain,
-        "gain_interval_95": [low, high],
-    }
-
-
-def _table(results: dict) -> str:
-    accuracy, headline = results["accuracy"], results["headline"]
-    low, high = headline["gain_interval_95"]
-    rows = [
-        ("first candidate", accuracy["first"]),
-        ("random candidate", accuracy["random"]),
-        ("self-consistency", accuracy["self_consistency"]),
-        *((f"PRM, {name}", value) for name, value in accuracy["prm"].items()),
-        ("oracle", accuracy["oracle"]),
+def _candidates(
+    questions: dict[int, Question], scored: dict[Key, dict], label: str, name: str
+) -> list[CandidateScores]:
+    return [
+        CandidateScores(
+            question=index,
+            question_id=question.id,
+            candidate=candidate,
+            subject=question.subject,
+            step_scores=scores,
+            answer=question.answers[candidate],
+            true_false=question.true_false[candidate],
+            images=question.images,
+            step_labels=question.step_labels and question.step_labels[candidate],
+        )
+        for index, question in questions.items()
+        for candidate, scores in enumerate(scored[Key(label, name, index)]["scores"])
     ]
-    return "\n".join(
-        [
-            f"{results['num_questions']} questions, {results['num_candidates']} candidates "
-            f"({results['num_unparsed']} without a parsed answer), "
-            f"{results['num_rejected']} records rejected",
-            *(f"  {name:<18}{value:>7.1%}" for name, value in rows),
-            f"{headline['aggregation_function']} over first: {headline['gain_over_first']:+.1%} "
-            f"(95 % interval {low:+.1%} to {high:+.1%})",
-        ]
-    )
+
+
+def _score_lines(prms: dict[str, list[CandidateScores]]):
+    for label, candidates in prms.items():
+        for candidate in candidates:
+            totals = aggregate_candidates([candidate.step_scores])
+            aggregates = {name: values[0] for name, values in totals.items()}
+            yield _json_line({"prm": label} | asdict(candidate) | {"aggregates": aggregates})
 
 
 def _json_line(row: dict) -> str:
@@ -237,4 +298,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

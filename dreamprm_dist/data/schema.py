@@ -46,7 +46,10 @@ class MetaRecord(TrainingRecord):
 
 @dataclass
 class TestRecord:
-    """A question with N candidate solutions, and for each whether its final answer is right."""
+    """A question with N candidate solutions, and for each whether its final answer is right.
+
+    ``step_labels`` are, where they are known, those of each candidate's steps ("+", "-" or None).
+    """
 
     __test__ = False  # the name starts with "Test", but pytest must not collect it
 
@@ -58,6 +61,7 @@ class TestRecord:
     subject: str = ""
     answer: str = ""
     options: list[str] | None = None
+    step_labels: list[list[str | None]] | None = None
 
 
 class JsonRecords:
@@ -206,7 +210,32 @@ def parse_test_record(record: object) -> TestRecord:
         subject=_optional_text(record, "subject"),
         answer=_optional_text(record, "answer"),
         options=options and [_text(text, f"options[{i}]") for i, text in enumerate(options)],
+        step_labels=_parse_step_labels(record.get("step_labels"), len(candidates)),
     )
+
+
+def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | list[str]]]:
+    """Check a record of solutions to score; returns question, image paths and solutions.
+
+    The solutions are `candidates`, each a text or a list of steps, or the one of `steps`.
+
+    Raises:
+        RecordError: a missing question, neither or both of the two, no solution, or wrong types.
+    """
+    record = _require_object(record)
+    question = _text(record.get("question"), "'question'")
+    if ("steps" in record) == ("candidates" in record):
+        raise RecordError("give either 'steps' or 'candidates'.")
+    solutions = [record["steps"]] if "steps" in record else record["candidates"]
+    if not isinstance(solutions, list) or not solutions:
+        raise RecordError(f"'candidates' must be a non-empty list, not {_shown(solutions)}.")
+    for i, solution in enumerate(solutions):
+        key = "steps" if "steps" in record else f"candidates[{i}]"
+        if "steps" in record and not isinstance(solution, list):
+            raise RecordError(f"'steps' must be a list of texts, not {_shown(solution)}.")
+        for step in solution if isinstance(solution, list) else [solution]:
+            _text(step, key)
+    return question, _parse_images(record.get("image_path"), "image_path"), solutions
 
 
 def _starts_with_bracket(path: Path) -> bool:
@@ -230,6 +259,21 @@ def _load_list(path: Path) -> list:
     except (ValueError, RecursionError) as error:
         where, what = "line 1, column 1", str(error)
     raise RecordError(f"{path}, {where}: the JSON list is malformed ({what}); fix the file.")
+
+
+def _parse_step_labels(value: object, num_candidates: int) -> list[list[str | None]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != num_candidates:
+        raise RecordError(
+            f"'step_labels' must be a list with one list a candidate, not {_shown(value)}."
+        )
+    for i, labels in enumerate(value):
+        if not isinstance(labels, list) or any(x not in ("+", "-", None) for x in labels):
+            raise RecordError(
+                f"step_labels[{i}] must be a list of '+', '-' and null, not {_shown(labels)}."
+            )
+    return value
 
 
 def _require_object(record: object) -> dict:

@@ -16,6 +16,13 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 LABEL_CONTEXTS = ("data", "plus")
 IGNORE_INDEX = -100
+# For tokenizers that come without one; the PRM itself does not use it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @dataclass

@@ -17,6 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dreamprm_dist.prm import layout
+from dreamprm_dist.prm.chat import IMAGE_CONTEXT
+
 if TYPE_CHECKING:
     from dreamprm_dist.data.collate import Batch
 
@@ -98,44 +101,83 @@ def attention_implementation(device: torch.device) -> str:
 def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | None = None) -> PRM:
     """Load a PRM from a local folder or the hub, weights from safetensors only, no remote code.
 
+    Both layouts are read: transformers' own (`InternVLForConditionalGeneration`) and the original
+    one (`InternVLChatModel`).
+
     Raises:
-        ValueError: the folder or its config is not an InternVL checkpoint of transformers' layout.
+        ValueError: it is no InternVL checkpoint, or tensors are missing, left over or misshapen.
     """
-    _check_layout(name_or_path)
+    config_dict = _read_config(name_or_path)
     device = device or torch.device("cpu")
-    model = InternVLForConditionalGeneration.from_pretrained(
-        name_or_path,
-        dtype=PRECISIONS[precision],
-        attn_implementation=attention_implementation(device),
-        use_safetensors=True,
-    )
+    options = {
+        "dtype": PRECISIONS[precision],
+        "attn_implementation": attention_implementation(device),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `_check_tensors` refuses them, with their names
+    }
+    try:
+        if config_dict["model_type"] == layout.MODEL_TYPE:
+            image_token_id = load_tokenizer(name_or_path).convert_tokens_to_ids(IMAGE_CONTEXT)
+            config = layout.from_original_config(config_dict, image_token_id)
+            state = layout.read_original_state(name_or_path)
+            state = layout.from_original_state(state, config.tie_word_embeddings)
+            model, info = InternVLForConditionalGeneration.from_pretrained(
+                None, config=config, state_dict=state, **options
+            )
+        else:
+            model, info = InternVLForConditionalGeneration.from_pretrained(
+                name_or_path, use_safetensors=True, **options
+            )
+        _check_tensors(info)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"model {name_or_path}: {error}") from error
     _remove_dropout(model)
     return PRM(model).to(device)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a missing padding token becomes the end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {name_or_path}: its tokenizer cannot be read ({why}); copy the tokenizer "
+            "files of the model that it was trained from into its folder"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _check_layout(name_or_path: str) -> None:
+def _read_config(name_or_path: str) -> dict:
     try:
-        model_type = InternVLConfig.get_config_dict(name_or_path)[0].get("model_type")
+        config = InternVLConfig.get_config_dict(name_or_path)[0]
     except OSError as error:
         why = str(error).splitlines()[0]
         raise ValueError(
             f"model {name_or_path}: neither a folder with a config.json nor a model of the hub "
             f"within reach ({why})"
         ) from error
-    if model_type != InternVLConfig.model_type:
+    model_type = config.get("model_type")
+    if model_type not in (InternVLConfig.model_type, layout.MODEL_TYPE):
         raise ValueError(
-            f"model {name_or_path}: its config.json says model_type {model_type!r}, not "
-            f"{InternVLConfig.model_type!r}; give a checkpoint in transformers' InternVL layout, "
-            "such as OpenGVLab/InternVL3-1B-hf"
+            f"model {name_or_path}: its config.json says model_type {model_type!r}; give an "
+            f"InternVL3 checkpoint, whose model_type is {InternVLConfig.model_type!r} or "
+            f"{layout.MODEL_TYPE!r}"
         )
+    return config
+
+
+def _check_tensors(info: dict) -> None:
+    """Every parameter must come from the checkpoint, and every tensor of it must be used."""
+    found = {
+        "missing": sorted(info["missing_keys"]),
+        "left over": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
+    }
+    if wrong := [f"{what}: {', '.join(names)}" for what, names in found.items() if names]:
+        raise ValueError(f"its tensors are not those of its config; {'; '.join(wrong)}")
 
 
 def _remove_dropout(model: nn.Module) -> None:

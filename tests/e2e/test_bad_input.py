@@ -108,9 +108,9 @@ def test_an_unknown_aggregation(train):
 
 
 def test_a_model_folder_that_is_none(train, tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     message = train(reward_model=tmp_path)
-    assert "model_type 'internvl_chat'" in message and "InternVL3-1B-hf" in message
+    assert "model_type 'qwen2_vl'" in message and "InternVL3 checkpoint" in message
 
 
 def test_a_model_that_is_nowhere(train, tmp_path: Path):

@@ -2,29 +2,37 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from data_tools.demo_model import data_texts, make_tiny_model
 from dreamprm_dist.aggregation import AGGREGATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "evaluate.py"
 
 
-def evaluate(
+def command(
     prm: Path, test_file: Path, out: Path, *flags: str, processes: int = 1
-) -> subprocess.CompletedProcess:
+) -> tuple[list[str], dict[str, str]]:
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
     launcher += [f"--nproc_per_node={processes}"] if launcher else []
-    command = [sys.executable, *launcher, str(SCRIPT), "--model", str(prm)]
-    command += ["--test_json_file", str(test_file), "--output_dir", str(out), *flags]
+    arguments = [sys.executable, *launcher, str(SCRIPT), "--model", *str(prm).split()]
+    arguments += ["--test_json_file", str(test_file), "--output_dir", str(out), *flags]
     # The number of threads changes rounding; torchrun would choose 1 for two processes only.
     # Without a visible GPU, --device auto must still see that there are two processes.
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return arguments, env
+
+
+def evaluate(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    line, env = command(*arguments, processes=processes)
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
 
 
 def lines(path: Path) -> list[dict]:
@@ -66,7 +74,10 @@ def test_files(one_process: tuple[Path, str]) -> None:
     assert results["num_rejected"] == 4
     assert list(results["accuracy"]["prm"]) == list(AGGREGATIONS)
     assert results["headline"]["accuracy"] == results["accuracy"]["prm"]["mean"]
-    assert "12 questions, 48 candidates" in printed and "PRM, mean" in printed
+    assert (
+        "12 questions, 48 candidates" in printed
+        and f"{results['table'][3]['prm']}, mean*" in printed
+    )
 
     rows = lines(out / "scores.jsonl")
     assert [row["candidate"] for row in rows] == [0, 1, 2, 3] * 12
@@ -84,7 +95,7 @@ def test_rejected_records_are_listed(one_process: tuple[Path, str]) -> None:
     assert [(row["line"], row["id"]) for row in rejected] == [
         (4, "no-candidates"),
         (5, "no-image"),
-        (6, 7),
+        (6, "7"),
         (7, "empty"),
     ]
     for row, word in zip(rejected, ["candidates", "none.png", "image", "no step"], strict=True):
@@ -98,12 +109,12 @@ def test_two_processes_write_the_same_bytes(
     assert done.returncode == 0, done.stderr
     for name in ("results.json", "scores.jsonl", "rejected.jsonl"):
         assert (tmp_path / name).read_bytes() == (one_process[0] / name).read_bytes(), name
-    assert not list(tmp_path.glob("scores.rank*"))
+    assert not list(tmp_path.glob("parts"))
 
 
 def test_missing_file(tiny_prm_dir: Path, tmp_path: Path) -> None:
     done = evaluate(tiny_prm_dir, tmp_path / "none.json", tmp_path / "out")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"error: {tmp_path / 'none.json'}: no such file" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -111,12 +122,89 @@ def test_missing_file(tiny_prm_dir: Path, tmp_path: Path) -> None:
 def test_all_records_rejected(tiny_prm_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"question": "?"}\nnot json\n', encoding="utf-8")
     done = evaluate(tiny_prm_dir, tmp_path / "test.jsonl", tmp_path / "out")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "all 2 records were rejected, the first at line 1" in done.stderr
     assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 2
 
 
 def test_unknown_aggregation(tiny_prm_dir: Path, tmp_path: Path) -> None:
     done = evaluate(tiny_prm_dir, tmp_path, tmp_path / "out", "--aggregation_function=avg")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "choose from mean, min" in done.stderr
+
+
+# --- several PRMs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_prms(tiny_prm_dir: Path, tiny_data_dir: Path, tmp_path_factory) -> str:
+    """The tiny model and one with other random weights, as two runs' exports."""
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny_prm_dir, runs / "baseline" / "export")
+    make_tiny_model(runs / "table" / "export", data_texts(tiny_data_dir), seed=5)
+    return f"{runs / 'baseline' / 'export'} {runs / 'table' / 'export'}"
+
+
+@pytest.fixture(scope="module")
+def of_two(two_prms: str, test_file: Path, tmp_path_factory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("evaluation") / "two"
+    meta = ("--meta_json_file", str(test_file.parent / "meta.json"))
+    done = evaluate(
+        two_prms, test_file, out, "--precision=fp32", *meta, "--aggregation_function=meta"
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_one_table_of_two_prms(of_two: tuple[Path, str], one_process: tuple[Path, str]) -> None:
+    out, printed = of_two
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    alone = json.loads((one_process[0] / "results.json").read_text(encoding="utf-8"))
+    assert results["prms"]["baseline"]["accuracy"] == alone["accuracy"]["prm"]
+    assert results["accuracy"] == alone["accuracy"]
+    assert results["prms"]["table"] != results["prms"]["baseline"]
+    methods = [row["method"] for row in results["table"]]
+    assert methods[:4] == ["first", "random", "self_consistency", "baseline, mean"]
+    assert methods[-1] == "oracle" and len(methods) == 4 + 2 * len(AGGREGATIONS)
+    for row in results["table"]:
+        low, high = row["interval_95"]
+        assert low <= row["accuracy"] <= high
+    (between,) = results["between"]
+    assert (between["prm"], between["over"]) == ("table", "baseline")
+    for label, name in results["aggregation"]["by_prm"].items():
+        accuracies = results["aggregation"]["meta_accuracy"][label]
+        assert accuracies[name] == max(accuracies.values())
+    assert results["aggregation"]["chosen_on"].endswith("meta.json")
+    assert "table over baseline: " in printed and "meta.json" in printed
+
+
+def test_a_stopped_evaluation_goes_on(
+    of_two: tuple[Path, str], two_prms: str, test_file: Path, tmp_path: Path
+) -> None:
+    meta = ("--meta_json_file", str(test_file.parent / "meta.json"))
+    flags = ("--precision=fp32", *meta, "--aggregation_function=meta")
+    line, env = command(two_prms, test_file, tmp_path, *flags)
+    part = tmp_path / "parts" / "rank0.jsonl"
+    with subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while run.poll() is None and (not part.exists() or part.read_text().count("\n") < 3):
+            time.sleep(0.002)
+        run.kill()
+    part.write_text(part.read_text() + '{"key": ["baseline", "te')
+    scored = part.read_text().count("\n")
+    other = evaluate(two_prms, test_file, tmp_path, *flags, "--max_patch_num=2")
+    assert other.returncode == 2 and "with another max_patch_num" in other.stderr
+    done = evaluate(two_prms, test_file, tmp_path, *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert 3 <= scored < 2 * (12 + 2 + 8)  # it was not finished
+    for name in ("results.json", "scores.jsonl", "rejected.jsonl"):
+        assert (tmp_path / name).read_bytes() == (of_two[0] / name).read_bytes(), name
+
+
+def test_two_models_of_one_label(tiny_prm_dir: Path, test_file: Path, tmp_path: Path) -> None:
+    done = evaluate(f"{tiny_prm_dir} {tiny_prm_dir}", test_file, tmp_path)
+    assert done.returncode == 2 and "is taken; give it as label=folder" in done.stderr
+
+
+def test_meta_flags_go_together(tiny_prm_dir: Path, test_file: Path, tmp_path: Path) -> None:
+    done = evaluate(tiny_prm_dir, test_file, tmp_path, "--aggregation_function=meta")
+    assert done.returncode == 2 and "go together" in done.stderr

@@ -1,15 +1,11 @@
-"""Best-of-N: selecting, judging, the paired interval, and scores of a real (tiny) model."""
+"""Best-of-N: selecting, judging, and the paired interval."""
 
-import io
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.best_of_n import (
@@ -17,11 +13,8 @@ from dreamprm_dist.best_of_n import (
     aggregate_candidates,
     clustered_bootstrap,
     judge,
-    score_question,
     select,
 )
-from dreamprm_dist.data.schema import RecordError, TestRecord
-from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
 
 scores_lists = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
@@ -212,63 +205,3 @@ def test_bootstrap_refuses_lengths_that_differ() -> None:
         clustered_bootstrap([0, 1], ["a"])
     with pytest.raises(ValueError, match="0 differences"):
         clustered_bootstrap([], [])
-
-
-# --- score_question --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prm(tiny_prm_dir: Path) -> PRM:
-    return load_prm(str(tiny_prm_dir), "fp32")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_prm_dir: Path):
-    return load_tokenizer(str(tiny_prm_dir))
-
-
-@pytest.fixture(scope="module")
-def image() -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 96, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def record(texts: list[str]) -> TestRecord:
-    return TestRecord("What is it?", ["x.png"], texts, [True] * len(texts), id="q17")
-
-
-TEXTS = ["The digit is 3.\n\nIt is odd.\n\nAnswer: yes", "A", "The digit is 8.\n\nAnswer: no"]
-
-
-def score(prm: PRM, tokenizer, image: bytes, texts: list[str]) -> list[list[float]]:
-    device = torch.device("cpu")
-    return score_question(prm, tokenizer, record(texts), [image], max_tiles=4, device=device)
-
-
-def test_scores_of_a_batch_are_those_of_each_candidate_alone(prm, tokenizer, image) -> None:
-    prm.train()
-    together = score(prm, tokenizer, image, TEXTS)
-    assert not prm.training
-    assert [len(steps) for steps in together] == [3, 1, 2]
-    assert all(0 < value < 1 for steps in together for value in steps)
-    alone = [score(prm, tokenizer, image, [text])[0] for text in TEXTS]
-    for ours, theirs in zip(together, alone, strict=True):
-        # float32: other shapes sum in another order.
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert together[0][0] != pytest.approx(together[2][0], rel=1e-4)  # the test could fail
-
-
-def test_score_that_is_not_a_number(tiny_prm_dir: Path, tokenizer, image) -> None:
-    broken = load_prm(str(tiny_prm_dir), "fp32")
-    broken.model.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"question 'q17', candidate 0: .* not a number") as error:
-        score(broken, tokenizer, image, TEXTS)
-    assert not isinstance(error.value, RecordError)
-
-
-@pytest.mark.parametrize("text", ["", "[Reasoning]\n", "<image> and <image>"])
-def test_candidate_that_cannot_be_encoded(prm, tokenizer, image, text: str) -> None:
-    with pytest.raises(RecordError, match="candidate 1: "):
-        score(prm, tokenizer, image, ["A", text])

@@ -18,9 +18,9 @@ from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
 from dreamprm_dist.prm.tiling import image_tiles, num_tiles
 from dreamprm_dist.solutions import (
     SYSTEM_PROMPT,
-    candidate_conversation,
     extract_answer,
     split_steps,
+    steps_conversation,
 )
 
 
@@ -102,7 +102,7 @@ def test_records_are_laid_out_like_candidates(tiny_data_dir: Path) -> None:
 
     for record in read(tiny_data_dir, "meta"):
         question, _, _ = parts(record)
-        candidate = candidate_conversation(question, record["response"])
+        candidate = steps_conversation(question, split_steps(record["response"]))
         assert layout(candidate) == layout(record["conversations"])
 
 

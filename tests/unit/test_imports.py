@@ -10,9 +10,10 @@ PACKAGE = ROOT / "dreamprm_dist"
 # A module may import from its own level and below. Levels are those of the design.
 LEVELS = [
     {"config", "distributed"},
-    {"schedules", "prm", "data", "aggregation", "solutions"},
+    {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
-    {"trainer", "best_of_n"},
+    {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
+    {"api", "evaluation"},
 ]
 OWNERS = {
     "deepspeed": {"dreamprm_dist/engine.py"},

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from dreamprm_dist.solutions import (
     QUESTION_PREFIX,
     SYSTEM_PROMPT,
-    candidate_conversation,
     extract_answer,
     split_steps,
+    steps_conversation,
 )
 
 
@@ -93,7 +93,7 @@ def test_a_normalised_answer_is_normal(text: str) -> None:
 
 
 def test_conversation() -> None:
-    turns = candidate_conversation("What is it?", "[Reasoning]\nSee.\nAnswer: B")
+    turns = steps_conversation("What is it?", split_steps("[Reasoning]\nSee.\nAnswer: B"))
     assert turns == [
         {"from": "system", "value": SYSTEM_PROMPT},
         {"from": "human", "value": "### Question:\nWhat is it?"},
@@ -106,7 +106,7 @@ def test_conversation() -> None:
 
 def test_empty_solution() -> None:
     with pytest.raises(ValueError, match="no step"):
-        candidate_conversation("What is it?", "[Reasoning]\n")
+        steps_conversation("What is it?", [])
 
 
 # --- the reference's records ---------------------------------------------------------------
@@ -129,7 +129,9 @@ def human_turns(conversation: list[dict]) -> list[str]:
 def ours(record: dict) -> list[dict]:
     question = human_turns(record["conversations"])[0]
     assert question.startswith(QUESTION_PREFIX)
-    return candidate_conversation(question.removeprefix(QUESTION_PREFIX), record["response"])
+    return steps_conversation(
+        question.removeprefix(QUESTION_PREFIX), split_steps(record["response"])
+    )
 
 
 def test_conversations_are_the_references(records: list[dict]) -> None:

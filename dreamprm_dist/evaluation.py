@@ -1,0 +1,216 @@
+"""What several PRMs are worth on the same questions: one table, with intervals.
+
+Everything is paired: all methods answer the same questions, and intervals are bootstrapped over
+clusters of questions (those about the same images). Nothing is chosen on the test questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pandas as pd
+
+from dreamprm_dist.best_of_n import (
+    CandidateScores,
+    aggregate_candidates,
+    bootstrap_intervals,
+    judge,
+    majority_is_right,
+)
+
+BASICS = ("first", "random", "self_consistency", "oracle")
+MOST_N = 8
+CALIBRATION_BINS = 10
+MOST_SUBSETS = 200
+
+
+def compare(
+    prms: Mapping[str, list[CandidateScores]], aggregations: Mapping[str, str], seed: int = 0
+) -> dict:
+    """Judge PRMs on the same questions.
+
+    Args:
+        prms: by its label, each PRM's scores of all candidates, in the same order for all.
+        aggregations: by label, the aggregation that stands for the PRM; chosen elsewhere.
+        seed: of the bootstrap.
+
+    Returns:
+        `table`: rows with `method`, `prm`, `aggregation`, `accuracy`, `interval_95`, `over_first`
+        and `over_first_interval_95`; `between`: differences of PRMs, each with the aggregation
+        that stands for it; `by_subject` and `by_n`: accuracies by `method`; `steps`: for each PRM,
+        where steps have labels, AUROC and calibration; `judged`: for each PRM what `judge` returns.
+    """
+    judged = {label: judge(candidates) for label, candidates in prms.items()}
+    some = next(iter(judged.values()))
+    columns: dict[tuple[str, str, str], Sequence[float]] = {
+        (name, "", ""): some[f"{name}_correct"] for name in BASICS[:-1]
+    }
+    for label, results in judged.items():
+        for name, correct in results["selected_correct"].items():
+            columns[f"{label}, {name}", label, name] = correct
+    columns["oracle", "", ""] = some["oracle_correct"]
+    values = np.array([*columns.values()], dtype=np.float64).T
+    # A question without an image is a cluster of its own.
+    clusters = [tuple(paths) or index for index, paths in enumerate(some["question_images"])]
+    over_first = values - values[:, :1]
+    pairs = list(combinations(prms, 2))
+    place = {key[1:]: column for column, key in enumerate(columns)}
+    chosen = {label: place[label, aggregations[label]] for label in prms}
+    differences = [values[:, chosen[b]] - values[:, chosen[a]] for a, b in pairs]
+    everything = np.column_stack([values, over_first, *differences])
+    intervals = bootstrap_intervals(everything, clusters, seed=seed).tolist()
+    means = everything.mean(0).tolist()
+    width = len(columns)
+    return {
+        "table": [
+            {
+                "method": method,
+                "prm": label,
+                "aggregation": aggregation,
+                "accuracy": means[i],
+                "interval_95": intervals[i],
+                "over_first": means[width + i],
+                "over_first_interval_95": intervals[width + i],
+            }
+            for i, (method, label, aggregation) in enumerate(columns)
+        ],
+        "between": [
+            {
+                "prm": b,
+                "over": a,
+                "difference": means[2 * width + i],
+                "interval_95": intervals[2 * width + i],
+            }
+            for i, (a, b) in enumerate(pairs)
+        ],
+        "by_subject": _by_subject(prms, judged, aggregations),
+        "by_n": _by_n(prms, aggregations),
+        "steps": {label: found for label, c in prms.items() if (found := step_metrics(c))},
+        "judged": judged,
+    }
+
+
+def _by_subject(prms: Mapping, judged: Mapping[str, dict], aggregations: Mapping) -> dict:
+    some = next(iter(judged.values()))
+    return {
+        subject: {"num_questions": summary["num_questions"]}
+        | {name: summary["accuracy"][name] for name in BASICS}
+        | {
+            label: judged[label]["by_subject"][subject]["accuracy"]["prm"][aggregations[label]]
+            for label in prms
+        }
+        for subject, summary in some.get("by_subject", {}).items()
+    }
+
+
+def _by_n(prms: Mapping[str, list[CandidateScores]], aggregations: Mapping[str, str]) -> dict:
+    """Expected accuracy with N of a question's candidates drawn by lot, N = 1 … 8.
+
+    A question with fewer candidates keeps all that it has.
+    """
+    groups = {label: _groups(candidates) for label, candidates in prms.items()}
+    some = next(iter(groups.values()))
+    most = min(MOST_N, max(map(len, some)))
+    curves: dict[str, dict] = {}
+    for n in range(1, most + 1):
+        row = {
+            "random": np.mean([np.mean([c.true_false for c in group]) for group in some]),
+            "self_consistency": np.mean([expected_majority(group, n) for group in some]),
+            "oracle": np.mean([expected_oracle([c.true_false for c in g], n) for g in some]),
+        }
+        for label, own in groups.items():
+            name = aggregations[label]
+            scores = [aggregate_candidates([c.step_scores for c in g], [name])[name] for g in own]
+            row[label] = np.mean(
+                [
+                    expected_selection(s, [c.true_false for c in g], n)
+                    for s, g in zip(scores, own, strict=True)
+                ]
+            )
+        curves[str(n)] = {name: float(value) for name, value in row.items()}
+    return curves
+
+
+def _groups(candidates: Sequence[CandidateScores]) -> list[list[CandidateScores]]:
+    groups: dict[int, list[CandidateScores]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.question, []).append(candidate)
+    return list(groups.values())
+
+
+def expected_selection(scores: Sequence[float], right: Sequence[bool], n: int) -> float:
+    """Probability that the highest score among n candidates drawn by lot is a right one's.
+
+    The candidate of rank r (from 0) is chosen when it is drawn and the r better ones are not; ties
+    go to the earlier candidate, as in `select`.
+    """
+    total = len(scores)
+    n = min(n, total)
+    order = sorted(range(total), key=lambda i: -scores[i])
+    chosen = (comb(total - 1 - rank, n - 1) for rank in range(total))
+    return sum(p for p, i in zip(chosen, order, strict=True) if right[i]) / comb(total, n)
+
+
+def expected_oracle(right: Sequence[bool], n: int) -> float:
+    """Probability that at least one of n candidates drawn by lot is right."""
+    n = min(n, len(right))
+    return 1 - comb(len(right) - sum(right), n) / comb(len(right), n)
+
+
+def expected_majority(group: Sequence[CandidateScores], n: int) -> float:
+    """Expected accuracy of self-consistency among n candidates drawn by lot.
+
+    Over all subsets, or 200 of them drawn with a fixed seed when there are more.
+    """
+    n = min(n, len(group))
+    if comb(len(group), n) <= MOST_SUBSETS:
+        subsets = list(combinations(range(len(group)), n))
+    else:
+        generator = np.random.default_rng(0)
+        draws = (generator.choice(len(group), n, replace=False) for _ in range(MOST_SUBSETS))
+        subsets = [tuple(sorted(draw.tolist())) for draw in draws]
+    hits = (
+        majority_is_right([group[i].answer for i in s], [group[i].true_false for i in s])
+        for s in subsets
+    )
+    return sum(hits) / len(subsets)
+
+
+def step_metrics(candidates: Sequence[CandidateScores]) -> dict | None:
+    """AUROC and calibration of step scores, over all labelled steps; None where there is none.
+
+    Returns:
+        `num_steps`; `auroc`: how often a right step scores above a wrong one (None when all are of
+        one kind); `brier`: mean squared error; `calibration_error`: expected calibration error
+        over 10 equal bins (Guo et al., arXiv:1706.04599); `bins`: for each that is not empty its
+        `count`, mean `score` and share of `right` steps.
+    """
+    pairs = [
+        (score, label == "+")
+        for candidate in candidates
+        for score, label in zip(candidate.step_scores, candidate.step_labels or [], strict=False)
+        if label is not None
+    ]
+    if not pairs:
+        return None
+    frame = pd.DataFrame(pairs, columns=["score", "right"])
+    positive = int(frame["right"].sum())
+    negative = len(frame) - positive
+    auroc = None
+    if positive and negative:
+        ranks = frame["score"].rank()[frame["right"]].sum()  # ties share their mean rank
+        auroc = float((ranks - positive * (positive + 1) / 2) / (positive * negative))
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1]
+    by_bin = frame.groupby(np.digitize(frame["score"], edges))
+    bins = by_bin.agg(count=("score", "size"), score=("score", "mean"), right=("right", "mean"))
+    gaps = (bins["score"] - bins["right"]).abs()
+    return {
+        "num_steps": len(frame),
+        "auroc": auroc,
+        "brier": float(((frame["score"] - frame["right"]) ** 2).mean()),
+        "calibration_error": float((gaps * bins["count"]).sum() / len(frame)),
+        "bins": bins.to_dict("records"),
+    }

@@ -1,0 +1,80 @@
+"""Step logits of solutions that share a beginning: what is the same for all is computed once.
+
+The candidates of a question share its images, the system prompt and the question's text, at 7 tiles
+nearly all tokens. The vision tower runs once, the language model once over the shared tokens, and
+the rest of all candidates is one batch behind that key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dreamprm_dist.prm.chat import EncodedConversation
+from dreamprm_dist.prm.model import PRM
+
+
+@torch.no_grad()
+def step_logits(
+    prm: PRM, conversations: Sequence[EncodedConversation], pixel_values: Tensor
+) -> list[Tensor]:
+    """Logits at the step positions of each conversation.
+
+    They are those of the plain forward pass but for rounding: sums are taken in another order.
+
+    Args:
+        conversations: N conversations that show the same images, each with a step.
+        pixel_values: (T, 3, size, size) tiles of the images, on the model's device; T may be 0.
+
+    Returns:
+        For each conversation (steps, vocabulary).
+    """
+    backbone, device = prm.model.model, prm.model.device
+    features = None
+    if len(pixel_values):
+        features = backbone.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+    length = shared_length(conversations)
+    prefix = torch.tensor([conversations[0].input_ids[:length]], device=device)
+    rest = [torch.tensor(c.input_ids[length:]) for c in conversations]
+    # Attention is causal: padding on the right changes nothing to its left. Any token will do but
+    # an image's; the last one of a conversation is a line's end.
+    padding = conversations[0].input_ids[-1]
+    rest = nn.utils.rnn.pad_sequence(rest, batch_first=True, padding_value=padding).to(device)
+
+    cache = None
+    if length:
+        cache = DynamicCache(config=backbone.config.text_config)
+        shown = int((prefix == backbone.config.image_token_id).sum())
+        embeddings = _embed(prm, prefix, None if features is None else features[:shown])
+        backbone.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(conversations))
+        features = None if features is None else features[shown:]
+    hidden = backbone.language_model(
+        inputs_embeds=_embed(prm, rest, features), past_key_values=cache, use_cache=bool(length)
+    ).last_hidden_state
+
+    rows = [row for row, c in enumerate(conversations) for _ in c.step_positions]
+    positions = [position - length for c in conversations for position in c.step_positions]
+    logits = prm.model.lm_head(hidden[rows, positions])
+    return list(logits.split([len(c.step_positions) for c in conversations]))
+
+
+def shared_length(conversations: Sequence[EncodedConversation]) -> int:
+    """Number of tokens before the first scored position that all conversations begin with."""
+    columns = zip(*(c.input_ids for c in conversations), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return min(common, *(c.step_positions[0] for c in conversations))
+
+
+def _embed(prm: PRM, input_ids: Tensor, features: Tensor | None) -> Tensor:
+    """Embeddings (B, L, width); each row shows all of `features` (image tokens, width) in order."""
+    backbone = prm.model.model
+    embeddings = backbone.get_input_embeddings()(input_ids)
+    if features is None or not len(features):
+        return embeddings
+    mask = (input_ids == backbone.config.image_token_id)[..., None]
+    return embeddings.masked_scatter(mask, features.to(embeddings.dtype).repeat(len(input_ids), 1))

@@ -1,0 +1,109 @@
+"""Questions with candidate solutions, as evaluation takes them from test and meta files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dreamprm_dist.data.schema import (
+    MetaRecord,
+    RecordError,
+    parse_meta_record,
+    parse_test_record,
+    read_json_records,
+)
+from dreamprm_dist.solutions import extract_answer, split_steps, steps_conversation
+
+
+@dataclass
+class Question:
+    """A question and the conversations in which its N candidates are scored.
+
+    Attributes:
+        line: where it stands in its file: the line, or the index in a list, counted from 1.
+        answers: the extracted answers, None where there is none.
+        step_labels: for each candidate the label of each step, None where steps have no labels.
+    """
+
+    line: int
+    id: str
+    subject: str
+    images: list[str]
+    conversations: list[list[dict]]
+    answers: list[str | None]
+    true_false: list[bool]
+    step_labels: list[list[str | None]] | None = None
+
+
+def read_test_questions(path: str) -> Iterator[Question | tuple[int, object, RecordError]]:
+    """Yield the questions of a test file, and (line, id, error) for a record that is not taken."""
+    for line, raw in read_json_records(path):
+        try:
+            if isinstance(raw, RecordError):
+                raise raw
+            yield _test_question(line, raw)
+        except RecordError as error:
+            yield line, raw.get("id") if isinstance(raw, dict) else None, error
+
+
+def _test_question(line: int, raw: dict) -> Question:
+    record = parse_test_record(raw)
+    steps = [split_steps(solution) for solution in record.candidates]
+    for index, labels in enumerate(record.step_labels or []):
+        if len(labels) != len(steps[index]):
+            raise RecordError(
+                f"step_labels[{index}] has {len(labels)} labels for {len(steps[index])} steps; "
+                "steps are separated by blank lines, numbered lines and 'Answer:'."
+            )
+    conversations = []
+    for index, texts in enumerate(steps):
+        try:
+            conversations.append(steps_conversation(record.question, texts))
+        except ValueError as error:
+            raise RecordError(f"candidate {index}: {error}") from error
+    return Question(
+        line,
+        record.id,
+        record.subject,
+        record.images,
+        conversations,
+        [extract_answer(solution) for solution in record.candidates],
+        record.true_false,
+        record.step_labels,
+    )
+
+
+def read_meta_questions(path: str) -> list[Question]:
+    """The questions of a meta file, each with all solutions that the file holds of it.
+
+    Records belong to one question when their id, images and first turns agree.
+
+    Raises:
+        ValueError: a record that cannot be taken; the line is named.
+    """
+    groups: dict[tuple, list[tuple[int, MetaRecord]]] = {}
+    for line, raw in read_json_records(path):
+        try:
+            if isinstance(raw, RecordError):
+                raise raw
+            record = parse_meta_record(raw)
+        except RecordError as error:
+            raise ValueError(f"{path}, record {line}: {error}") from error
+        first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
+        groups.setdefault((record.source_id, tuple(record.images), first), []).append(
+            (line, record)
+        )
+    if not groups:
+        raise ValueError(f"{path} holds no record; give meta records, several solutions a question")
+    return [
+        Question(
+            members[0][0],
+            members[0][1].source_id,
+            members[0][1].dataset,
+            members[0][1].images,
+            [record.conversations for _, record in members],
+            [extract_answer(record.response) for _, record in members],
+            [record.true_false for _, record in members],
+        )
+        for members in groups.values()
+    ]

@@ -1,0 +1,77 @@
+"""Write a PRM in either InternVL3 layout, with tokenizer, image processor and model card.
+
+    python launch/export.py --model runs/instance_table/export --layout original --output_dir out
+
+`transformers` is what `InternVLForConditionalGeneration` reads, `original` what
+`InternVLChatModel`, vLLM and other programs for OpenGVLab's checkpoints read. The model may be a
+run's export or any InternVL3 checkpoint, in any of the two.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from dreamprm_dist.checkpoint import INSTANCE_WEIGHTS, export_folder, save_model
+from dreamprm_dist.config import flag, parse_args
+from dreamprm_dist.model_card import model_card
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
+
+
+@dataclass
+class ExportConfig:
+    """Everything `launch/export.py` is told."""
+
+    model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
+    output_dir: str = flag("./export", "Folder to write; must not exist.")
+    layout: Literal["transformers", "original"] = flag("transformers", "Layout to write.")
+    precision: Literal["bf16", "fp32"] = flag("bf16", "Precision to write the weights in.")
+    results: str | None = flag(None, "results.json of an evaluation, for the model card.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (config,) = parse_args((ExportConfig,), argv, "Write a PRM in either InternVL3 layout.")
+    out, source = Path(config.output_dir), Path(config.model)
+    if out.exists():
+        raise ValueError(f"{out} already exists; choose another output_dir or remove it")
+    card = model_card(*_of_run(source.parent), _results(config.results))
+    prm, tokenizer = load_prm(config.model, config.precision), load_tokenizer(config.model)
+    with export_folder(out) as folder:
+        save_model(folder, prm, tokenizer, original=config.layout == "original")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if (source / INSTANCE_WEIGHTS).is_file():
+            shutil.copy(source / INSTANCE_WEIGHTS, folder)
+    print(f"{config.model} is in {out}, {config.layout} layout, {config.precision}")
+
+
+def _of_run(folder: Path) -> tuple[dict, dict | None]:
+    """Settings and last metrics of the run that `folder` holds, if it holds one."""
+    settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
+    if not (settings.is_file() and metrics.is_file()):
+        return {}, None
+    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line[-1:] == "}"]
+    values = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    return values, json.loads(lines[-1]) if lines else None
+
+
+def _results(path: str | None) -> dict | None:
+    if path is None:
+        return None
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results["accuracy"]["prm"], results["test_json_file"], results["num_questions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results.json of launch/evaluate.py ({error!r})") from error
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,62 @@
+"""`launch/export.py` as a user starts it: from one layout into the other and back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def export(*flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "launch" / "export.py", *flags]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "export").symlink_to(tiny_prm_dir)
+    settings = {"reward_model": "base", "train_json_file": "shards/train", "reweighter": "table"}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "metrics.jsonl").write_text('{"iteration": 7, "lower_loss": 0.25}\n{"iterat')
+    accuracy = {"first": 0.25, "random": 0.3, "self_consistency": 0.4, "oracle": 0.9}
+    results = {"test_json_file": "test.json", "num_questions": 3}
+    results |= {"accuracy": accuracy | {"prm": {"mean": 0.5}}}
+    (run / "results.json").write_text(json.dumps(results))
+    original, back = tmp_path / "original", tmp_path / "back"
+    fp32 = ("--precision", "fp32")
+    flags = ("--layout", "original", "--results", run / "results.json")
+    done = export("--model", run / "export", "--output_dir", original, *flags, *fp32)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((original / "config.json").read_text())["model_type"] == "internvl_chat"
+    done = export("--model", original, "--output_dir", back, *fp32)
+    assert done.returncode == 0, done.stderr
+
+    before, after = (load_prm(str(f), "fp32").state_dict() for f in (tiny_prm_dir, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    text = "<|im_start|>user\nThe digit is 7.<|im_end|>\n"
+    assert load_tokenizer(str(original)).encode(text) == load_tokenizer(str(back)).encode(text)
+    for folder in (original, back):
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {"README.md", "preprocessor_config.json", "chat_template.jinja"}
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".py"))]
+    card = (original / "README.md").read_text()
+    lines = ("base_model: base", "| train_json_file | `shards/train` |", "| lower_loss | `0.25` |")
+    assert all(line in card for line in (*lines, "| PRM, mean | `50.0%` |", "| oracle | `90.0%` |"))
+
+
+def test_bad_input(tiny_prm_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    flags = ("--model", tiny_prm_dir, "--output_dir")
+    taken = export(*flags, tmp_path)
+    wrong = export(*flags, tmp_path / "out", "--results", tmp_path / "results.json")
+    for done, says in ((taken, "already exists"), (wrong, "no results.json")):
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

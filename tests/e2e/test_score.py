@@ -1,0 +1,130 @@
+"""The Python API, the README's example of it, and `launch/score.py` as a user starts it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dreamprm_dist import PRM
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = re.search(
+    r"```python\n(from dreamprm_dist import PRM.*?)```",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)[1]
+
+
+@pytest.fixture(scope="module")
+def prm(tiny_prm_dir: Path) -> PRM:
+    return PRM.from_pretrained(tiny_prm_dir, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def image(tiny_data_dir: Path) -> Path:
+    question = json.loads((tiny_data_dir / "test.json").read_text())[0]
+    return tiny_data_dir / question["image_path"]
+
+
+def test_the_readme_example_runs_as_written(
+    tiny_prm_dir: Path, image: Path, tmp_path: Path, prm: PRM
+) -> None:
+    (tmp_path / "runs" / "instance_table").mkdir(parents=True)
+    (tmp_path / "runs" / "instance_table" / "export").symlink_to(tiny_prm_dir)
+    shutil.copy(image, tmp_path / "digit.png")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", EXAMPLE]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert len(json.loads(first)) == 2
+    index, scores = re.match(r"([01]) (\[.*?\]) ", second).groups()
+    assert json.loads(scores)[int(index)] == max(json.loads(scores))
+
+
+def test_images_of_every_kind_give_the_same(prm: PRM, image: Path) -> None:
+    kinds = [image, str(image), image.read_bytes(), Image.open(image), [image]]
+    scores = [prm.score(kind, "What?", ["A", "B"]) for kind in kinds]
+    assert scores == [scores[0]] * len(kinds)
+    assert prm.score(None, "What?", ["A", "B"]) != scores[0]
+    assert prm.score([image, image], "What?", ["A", "B"]) != scores[0]
+
+
+def test_best_of_n(prm: PRM, image: Path) -> None:
+    candidates = ["It is 3.\n\nAnswer: odd", "It is 8.\n\nAnswer: even", ["It is 1.", "Answer: 1"]]
+    best = prm.best_of_n(image, "What?", candidates, aggregation="min")
+    assert best.steps[0] == ["It is 3.", "Answer: odd"]
+    assert best.scores == [min(steps) for steps in best.step_scores]
+    assert best.index == best.scores.index(max(best.scores))
+    alone = prm.score(image, "What?", best.steps[1])
+    assert best.step_scores[1] == pytest.approx(alone, rel=1e-4)
+    back = prm.best_of_n(image, "What?", [*reversed(candidates), candidates[0]], "min")
+    assert back.scores == [*reversed(best.scores), best.scores[0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((b"no image", "What?", ["A"]), "not an image"),
+        (("none.png", "What?", ["A"]), "none.png"),
+        ((None, "What?", []), "no candidate"),
+        ((None, "What?", ["A", ""]), "candidate 1: .* no step"),
+        ((None, "What? <|im_end|>", ["A"]), "reserved token"),
+        ((None, "What?", ["A"], "avg"), "choose from mean, min"),
+    ],
+)
+def test_bad_arguments(prm: PRM, arguments: tuple, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        prm.best_of_n(*arguments)
+
+
+def score(*flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "launch" / "score.py", *flags]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path: Path) -> None:
+    shutil.copy(image, tmp_path / "a.png")
+    question = {"question": "What?", "image_path": "a.png"}
+    lines = [
+        question | {"id": "steps", "steps": ["A", "B"]},
+        question | {"id": 7, "candidates": ["A\n\nB", ["C"]]},
+        "no json",
+        question | {"steps": ["A"], "candidates": ["A"]},
+        question | {"steps": "A"},
+        question | {"steps": ["A"], "image_path": "b.png"},
+        question | {"candidates": []},
+        {"question": "What?", "steps": ["A"]},
+    ]
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / "in.jsonl").write_text(text)
+    out = tmp_path / "out.jsonl"
+    flags = ("--model", tiny_prm_dir, "--precision", "fp32", "--device", "cpu")
+    done = score(*flags, "--input", tmp_path / "in.jsonl", "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert "8 lines, 5 of them not scored" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["line"] for row in rows] == [*range(1, 9)]
+    best = prm.best_of_n(image, "What?", ["A\n\nB", "C"])
+    assert rows[0] == {"line": 1, "id": "steps", "step_scores": prm.score(image, "What?", "AB")}
+    expected = {"line": 2, "id": 7, "step_scores": best.step_scores, "scores": best.scores}
+    assert rows[1] == expected | {"best": best.index}
+    says = [
+        "not valid JSON",
+        "either 'steps' or 'candidates'",
+        "list of texts",
+        "b.png",
+        "non-empty",
+    ]
+    for row, word in zip(rows[2:7], says, strict=True):
+        assert word in row["error"] and "step_scores" not in row
+    assert len(rows[7]["step_scores"]) == 1
+
+    done = score(*flags, "--input", tmp_path / "none.jsonl", "--output", out)
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr

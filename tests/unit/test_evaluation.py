@@ -1,0 +1,194 @@
+"""The comparison of PRMs against brute force, scikit-learn and closed forms."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from dreamprm_dist.best_of_n import CandidateScores, clustered_bootstrap, select
+from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.evaluation import (
+    compare,
+    expected_majority,
+    expected_oracle,
+    expected_selection,
+    step_metrics,
+)
+from dreamprm_dist.evaluation_table import text_table
+from dreamprm_dist.questions import Question, read_meta_questions, read_test_questions
+
+rows = st.lists(
+    st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from("AB")), min_size=1, max_size=6
+)
+
+
+@given(rows, st.integers(1, 8))
+def test_expected_accuracies_are_means_over_all_subsets(values: list, n: int) -> None:
+    scores, right, answers = zip(*values, strict=True)
+    subsets = list(combinations(range(len(values)), min(n, len(values))))
+    chosen = [right[s[select([scores[i] for i in s])]] for s in subsets]
+    assert expected_selection(scores, right, n) == pytest.approx(np.mean(chosen))
+    anyone = [any(right[i] for i in s) for s in subsets]
+    assert expected_oracle(right, n) == pytest.approx(np.mean(anyone))
+    group = [CandidateScores(0, "", i, "", [0.5], answers[i], right[i]) for i in range(len(values))]
+    assert expected_majority(group, 1) == pytest.approx(np.mean(right))
+
+
+def candidates(seed: int, skill: float, shift: int = 0) -> list[CandidateScores]:
+    """40 questions of 4 candidates about 20 images, by a PRM that is right as often as `skill`."""
+    truth, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    result = []
+    for question in range(40):
+        for index in range(4):
+            right = bool(truth.random() < 0.4)
+            score = skill * right + (1 - skill) * noise.random()
+            result.append(
+                CandidateScores(
+                    question,
+                    str(question),
+                    index,
+                    "art" if question % 3 else "physics",
+                    [score, (score + 1) / 2],
+                    "A" if right else "B",
+                    right,
+                    [f"{question // 2}.png"],
+                    ["+" if right else "-", None],
+                )
+            )
+    return result
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict:
+    prms = {"bad": candidates(1, 0.0), "good": candidates(2, 0.9)}
+    return compare(prms, {"bad": "mean", "good": "min"})
+
+
+def test_table_and_differences(compared: dict) -> None:
+    table = {row["method"]: row for row in compared["table"]}
+    assert table["good, mean"]["accuracy"] == table["oracle"]["accuracy"]
+    assert table["first"]["over_first_interval_95"] == [0, 0]
+    judged = compared["judged"]
+    clusters = [tuple(images) for images in judged["bad"]["question_images"]]
+    selected = {label: np.array(r["selected_correct"]["min"], float) for label, r in judged.items()}
+    first = np.array(judged["bad"]["first_correct"], float)
+    mean, *interval = clustered_bootstrap(selected["good"] - first, clusters)
+    row = table["good, min"]
+    assert (row["over_first"], row["over_first_interval_95"]) == (mean, interval)
+    (between,) = compared["between"]
+    bad = np.array(judged["bad"]["selected_correct"]["mean"], float)
+    assert (between["prm"], between["over"]) == ("good", "bad")
+    assert between["difference"] == pytest.approx((selected["good"] - bad).mean())
+    assert between["interval_95"][0] > 0
+
+
+def test_accuracy_against_n_joins_random_and_the_table(compared: dict) -> None:
+    table = {row["method"]: row["accuracy"] for row in compared["table"]}
+    curves = compared["by_n"]
+    assert list(curves) == ["1", "2", "3", "4"]
+    for name, row in (("good", "good, min"), ("bad", "bad, mean"), ("oracle", "oracle")):
+        assert curves["1"][name] == pytest.approx(table["random"])
+        assert curves["4"][name] == pytest.approx(table[row])
+    assert curves["4"]["self_consistency"] == pytest.approx(table["self_consistency"])
+    assert curves["1"]["good"] < curves["2"]["good"] < curves["4"]["good"]
+
+
+def test_by_subject(compared: dict) -> None:
+    subjects = compared["by_subject"]
+    assert {name: row["num_questions"] for name, row in subjects.items()} == {
+        "art": 26,
+        "physics": 14,
+    }
+    total = sum(row["num_questions"] * row["good"] for row in subjects.values()) / 40
+    table = {row["method"]: row["accuracy"] for row in compared["table"]}
+    assert total == pytest.approx(table["good, min"])
+
+
+def test_permuting_candidates_changes_nothing_else() -> None:
+    prms = {"a": candidates(1, 0.3), "b": candidates(2, 0.6)}
+    order = np.random.default_rng(3)
+    shuffles = {q: order.permutation(4) for q in range(40)}
+    permuted = {
+        label: [rows[4 * q + i] for q in range(40) for i in shuffles[q]]
+        for label, rows in prms.items()
+    }
+    before, after = (compare(p, {"a": "mean", "b": "last"}) for p in (prms, permuted))
+    # Votes may be tied, and then the answer that appears first wins: that is its definition.
+    assert before["between"] == after["between"]
+    for old, new in zip(before["by_n"].values(), after["by_n"].values(), strict=True):
+        assert old | {"self_consistency": 0} == new | {"self_consistency": 0}
+    assert before["steps"].keys() == after["steps"].keys()
+    for old, new in zip(before["table"], after["table"], strict=True):
+        if old["method"] not in ("first", "self_consistency"):
+            assert (old["accuracy"], old["interval_95"]) == (new["accuracy"], new["interval_95"])
+
+
+def test_step_metrics_are_scikit_learns() -> None:
+    generator = np.random.default_rng(0)
+    scores, labels = generator.random((50, 3)).round(1), generator.random((50, 3)) < 0.6
+    group = [
+        CandidateScores(
+            0, "", 0, "", s.tolist(), None, True, [], ["+" if x else "-" for x in y[:2]] + [None]
+        )
+        for s, y in zip(scores, labels, strict=True)
+    ]
+    found = step_metrics(group)
+    flat = labels[:, :2].ravel(), scores[:, :2].ravel()
+    assert found["num_steps"] == 100
+    assert found["auroc"] == pytest.approx(roc_auc_score(*flat))
+    assert found["brier"] == pytest.approx(brier_score_loss(*flat))
+    assert sum(b["count"] for b in found["bins"]) == 100
+    gaps = [b["count"] * abs(b["score"] - b["right"]) for b in found["bins"]]
+    assert found["calibration_error"] == pytest.approx(sum(gaps) / 100)
+
+
+def test_perfect_calibration_and_steps_of_one_kind() -> None:
+    group = [CandidateScores(0, "", 0, "", [1.0, 1.0], None, True, [], ["+", "+"])]
+    found = step_metrics(group)
+    assert (found["auroc"], found["calibration_error"], found["brier"]) == (None, 0, 0)
+    assert step_metrics([CandidateScores(0, "", 0, "", [1.0], None, True)]) is None
+
+
+def test_text_table(compared: dict) -> None:
+    results = compared | compared["judged"]["bad"] | {"by_subject": compared["by_subject"]}
+    results |= {"num_rejected": 0}
+    results["aggregation"] = {"by_prm": {"bad": "mean", "good": "min"}, "chosen_on": "meta.json"}
+    text = text_table(results)
+    for part in ("good, min*", "bad, mean*", "good over bad: +", "physics", "AUROC", "meta.json"):
+        assert part in text
+    assert "good, mean*" not in text and "bad, min*" not in text
+
+
+# --- questions ---------------------------------------------------------------------------------
+
+
+def test_step_labels_and_meta_groups(tmp_path) -> None:
+    good = (
+        '{"question": "Q", "candidates": ["A\\n\\nB"], "true_false": [true], "step_labels": %s}\n'
+    )
+    file = tmp_path / "test.jsonl"
+    labels = ['[["+", null]]', '[["+"]]', '["+-"]', '[["+", "?"]]', "[]"]
+    file.write_text("".join(good % text for text in labels))
+    first, *others = read_test_questions(str(file))
+    assert isinstance(first, Question) and first.step_labels == [["+", None]]
+    says = ["1 labels for 2 steps", "list of '+'", "list of '+'", "one list a candidate"]
+    for (line, _, error), (number, word) in zip(others, enumerate(says, 2), strict=True):
+        assert line == number and isinstance(error, RecordError) and word in str(error)
+
+    meta = (
+        '{"id": "%s", "true_false": %s, "response": "Answer: %s", "conversations": ['
+        '{"from": "human", "value": "%s"}, {"from": "human", "value": "s"}, '
+        '{"from": "gpt", "value": "+"}]}\n'
+    )
+    records = [("1", "true", "A", "Q"), ("-1", "true", "B", "P"), ("1", "false", "B", "Q")]
+    records += [("-1", "false", "C", "R")]
+    file.write_text("".join(meta % record for record in records))
+    questions = read_meta_questions(str(file))
+    assert [q.true_false for q in questions] == [[True, False], [True], [False]]
+    assert questions[0].answers == ["A", "B"] and questions[0].line == 1
+    file.write_text(meta % records[0] + "{}\n")
+    with pytest.raises(ValueError, match="record 2"):
+        read_meta_questions(str(file))
