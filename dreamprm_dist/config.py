@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,33 +96,66 @@ class UpperConfig:
 
     _argument_group_name = "upper level"
 
-    reweighter: Literal["instance_table"] = flag("instance_table", "How weights are held.")
-    hypergradient: Literal["jvp"] = flag("jvp", "Estimator of the hypergradient.")
+    reweighter: Literal["instance_table", "instance_net", "domain_table", "uniform"] = flag(
+        "instance_table",
+        "How weights are held: one an instance, a net, one a data set, or all 1.",
+    )
+    hypergradient: Literal["jvp", "finite_difference", "sama", "gradient_dot"] = flag(
+        "jvp", "Estimator of the hypergradient."
+    )
+    hypergradient_scope: str = flag(
+        "all",
+        "Parameters that v covers: all, language_model, or last_N_layers such as last_4_layers.",
+    )
     unroll_steps: int = flag(1, "Lower steps before each upper step.")
+    unroll_window: Literal["last", "all"] = flag(
+        "last", "Lower batches of an unroll that receive a hypergradient."
+    )
     meta_batch_size: int = flag(1, "Meta solutions a rank and micro-batch.")
     meta_gradient_accumulation: int = flag(1, "Meta micro-batches an upper step.")
     meta_lr: float = flag(1e-1, "Learning rate of the weights.")
-    meta_momentum: float = flag(0.9, "First beta of AdamW (row_update adamw).")
-    meta_weight_decay: float = flag(1e-3, "Decoupled weight decay of the weights, towards 0.")
+    meta_momentum: float = flag(0.9, "First beta of AdamW on the upper level.")
+    meta_weight_decay: float = flag(1e-3, "Decoupled weight decay of raw weights, or of the net.")
+    decay_to_initialization: bool = flag(
+        False, "Rows of the table decay towards initialization and not towards 0."
+    )
+    meta_gradient_clipping: float = flag(
+        1.0, "Largest global norm of the hypergradient; 0: no clipping."
+    )
     meta_scheduler_type: Literal["cosine_schedule_with_warmup", "step_lr", "constant"] = flag(
         "cosine_schedule_with_warmup", "Schedule of meta_lr (5 %% warm-up)."
     )
     meta_scheduler_step_size: int = flag(1000, "step_lr: upper steps between two decays.")
     meta_scheduler_gamma: float = flag(0.95, "step_lr: factor of a decay.")
-    row_update: Literal["adamw", "normalized_sgd"] = flag(
-        "adamw", "Update of the table's rows: AdamW over all rows, or hypergradient over its mean."
+    row_update: Literal["adamw", "adamw_lazy", "normalized_sgd"] = flag(
+        "adamw",
+        "Table: AdamW over all rows, over drawn rows, or the hypergradient over its mean size.",
     )
-    activation_function: Literal["LeakyReLU", "ReLU", "No", "Clip", "Project"] = flag(
-        "LeakyReLU", "From raw weights to weights; Project keeps raw weights within the bounds."
+    instance_net_input: Literal["step_probabilities", "representation", "loss"] = flag(
+        "step_probabilities", "What the instance net reads of an instance."
+    )
+    hidden_dim: int = flag(10, "Width of the instance net's hidden layers.")
+    num_layers: int = flag(1, "Hidden layers of the instance net.")
+    differentiate_weights: bool = flag(
+        False, "Instance net: the PRM is trained through its weights too, as the reference does."
+    )
+    activation_function: Literal["LeakyReLU", "ReLU", "No", "sigmoid", "Clip", "Project"] = flag(
+        "LeakyReLU",
+        "From raw weights to weights; Project (table) keeps raw weights within the bounds.",
     )
     weight_min: float = flag(-1.0, "Lower bound of Clip and Project.")
     weight_max: float = flag(3.0, "Upper bound of Clip and Project.")
-    initialization: float = flag(1.0, "Raw weight of every instance at the start.")
+    initialization: float = flag(1.0, "Raw weight of every instance (or data set) at the start.")
     aggregation_function: str = flag("mean", "How step scores become a solution's score.")
     loss_target: Literal["+", "both"] = flag(
         "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."
     )
-    rollback: bool = flag(False, "Undo the unroll after the upper step and take it again.")
+    score_over: Literal["vocabulary", "pair"] = flag(
+        "vocabulary", "Step scores of the meta loss: softmax over all words, or over + and -."
+    )
+    rollback: bool = flag(
+        False, "After the upper step, undo the unroll and take it again with the new weights."
+    )
 
 
 @dataclass
@@ -157,8 +191,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.retrain and self.run.baseline:
             raise ValueError("retrain and baseline are the same loop; choose one of the two")
-        if self.upper.rollback:
-            raise ValueError("rollback is not available yet; leave it out")
+        upper = self.upper
+        if not re.fullmatch(r"all|language_model|last_[1-9]\d*_layers", upper.hypergradient_scope):
+            raise ValueError(
+                f"hypergradient_scope {upper.hypergradient_scope!r} is unknown; use all, "
+                "language_model, or last_N_layers such as last_4_layers"
+            )
+        if upper.hypergradient == "gradient_dot" and upper.differentiate_weights:
+            raise ValueError(
+                "gradient_dot cannot differentiate weights that depend on the PRM; use jvp, or "
+                "leave differentiate_weights out"
+            )
+        if upper.reweighter == "instance_net" and upper.activation_function == "Project":
+            raise ValueError(
+                "Project is for the table's rows; use Clip or sigmoid with instance_net"
+            )
         if self.upper.activation_function in ("Clip", "Project") and not (
             self.upper.weight_min <= self.upper.initialization <= self.upper.weight_max
         ):
@@ -188,6 +235,8 @@ _AT_LEAST_ONE = {
     "meta_batch_size",
     "meta_gradient_accumulation",
     "unroll_steps",
+    "hidden_dim",
+    "num_layers",
     "iteration_num",
     "save_every_iterations",
     "max_patch_num",

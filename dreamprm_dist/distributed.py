@@ -113,12 +113,21 @@ def barrier() -> None:
 
 def all_reduce_mean(tensors: Sequence[Tensor], bucket_bytes: int = 256 * 2**20) -> None:
     """Average tensors of one dtype over all ranks in place, in flat buckets."""
+    # Dividing first keeps sums of many ranks within the range of bf16 and fp16 gradients.
+    _all_reduce_in_place(tensors, bucket_bytes, divisor=world_size())
+
+
+def all_reduce_fragments(tensors: Sequence[Tensor], bucket_bytes: int = 256 * 2**20) -> None:
+    """Put tensors together of which each element is set on one rank and 0 on the others."""
+    _all_reduce_in_place(tensors, bucket_bytes, divisor=1)
+
+
+def _all_reduce_in_place(tensors: Sequence[Tensor], bucket_bytes: int, divisor: int) -> None:
     if world_size() == 1:
         return
     for bucket in _buckets(tensors, bucket_bytes):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        # Dividing first keeps sums of many ranks within the range of bf16 and fp16 gradients.
-        flat.div_(world_size())
+        flat.div_(divisor)
         dist.all_reduce(flat)
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))

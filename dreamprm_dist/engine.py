@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from dreamprm_dist import distributed
 from dreamprm_dist.config import TrainConfig
 from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.losses import instance_losses
-from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.schedules import build_schedule
 
 # DeepSpeed's shared-memory collectives for CPUs are compiled at the first start, want AVX, and hang
 # when a rank dies; gloo does without all three.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# What DeepSpeed counts of its steps.
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 
@@ -40,6 +46,17 @@ class LowerStep:
     gradient_norm: float
 
 
+class Snapshot(NamedTuple):
+    """All that a lower step changes on one rank."""
+
+    parameters: list[Tensor]
+    partitions: list[Tensor]
+    optimizer: list[dict[str, Tensor]]
+    schedule: dict
+    lrs: list[float]
+    counters: dict[str, int]
+
+
 class Engine:
     """A PRM whose optimizer state and gradients are sharded by ZeRO.
 
@@ -49,7 +66,14 @@ class Engine:
         parameters: the trained parameters by name.
     """
 
-    def __init__(self, prm: PRM, config: TrainConfig, num_steps: int, device: torch.device):
+    def __init__(
+        self,
+        prm: PRM,
+        config: TrainConfig,
+        num_steps: int,
+        device: torch.device,
+        keep_gradients: bool = False,
+    ):
         self.device = device
         prm.train()  # dropout is removed at load; only activation checkpointing reads the mode
         parameters = [p for p in prm.parameters() if p.requires_grad]
@@ -79,6 +103,10 @@ class Engine:
         )
         self.module: PRM = self._deepspeed.module
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self._scope = self.module.parameters_in(config.upper.hypergradient_scope)
+        self._last_gradients: dict[Tensor, Tensor] = {}
+        if keep_gradients:
+            optimizer.register_step_pre_hook(self._keep_gradients)
 
     @property
     def lr(self) -> float:
@@ -86,25 +114,25 @@ class Engine:
         return self._deepspeed.optimizer.param_groups[0]["lr"]
 
     def lower_step(
-        self, micro_batches: Sequence[Batch], weigh: Callable[[Tensor], Tensor]
+        self, micro_batches: Sequence[Batch], weigh: Callable[[StepOutput, Tensor, Batch], Tensor]
     ) -> LowerStep:
         """One optimizer step on (1/G) sum_i w_i l_i over the global batch of G instances.
 
         Args:
             micro_batches: this rank's part, as many as the accumulation steps, of equal size.
-            weigh: sample IDs (B,) to detached weights (B,).
+            weigh: what the PRM says, the losses (B,) and the batch to weights (B,).
         """
         all_losses, all_weights = [], []
         for batch in micro_batches:
-            logits = self._deepspeed(batch)
-            losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
-            weights = weigh(batch.sample_ids)
+            output = self._deepspeed(batch)
+            losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+            weights = weigh(output, losses, batch)
             # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by B:
             # together 1/G.
             self._deepspeed.backward((weights * losses).mean())
             self._deepspeed.step()
             all_losses.append(losses.detach())
-            all_weights.append(weights)
+            all_weights.append(weights.detach())
         return LowerStep(
             torch.cat(all_losses),
             torch.cat(all_weights),
@@ -112,7 +140,7 @@ class Engine:
         )
 
     def meta_gradient(
-        self, micro_batches: Sequence[Batch], loss: Callable[[Tensor, Batch], Tensor]
+        self, micro_batches: Sequence[Batch], loss: Callable[[StepOutput, Batch], Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """v, the gradient of the meta loss, averaged over the global meta batch.
 
@@ -120,16 +148,22 @@ class Engine:
 
         Args:
             micro_batches: this rank's part of the meta batch, of equal size.
-            loss: logits at the step positions and the batch to losses (B,).
+            loss: what the PRM says and the batch to losses (B,).
 
         Returns:
-            v by parameter name, the same on every rank, and this rank's losses.
+            v by name of the parameters in `hypergradient_scope`, the same on every rank, and this
+            rank's losses.
         """
-        parameters = list(self.parameters.values())
+        parameters = [self.parameters[name] for name in self._scope]
+        # What lies outside the scope is held constant, and so records nothing to go back through.
+        constants = {
+            name: p.detach() for name, p in self.parameters.items() if name not in self._scope
+        }
         total: list[Tensor] | None = None
         all_losses = []
         for batch in micro_batches:
-            losses = loss(self.module(batch), batch)
+            output = functional_call(self.module, constants, (batch,))
+            losses = loss(output, batch)
             gradients = torch.autograd.grad(
                 losses.mean() / len(micro_batches), parameters, materialize_grads=True
             )
@@ -141,7 +175,73 @@ class Engine:
         assert total is not None
         v = [t.to(p.dtype) for t, p in zip(total, parameters, strict=True)]
         distributed.all_reduce_mean(v)
-        return dict(zip(self.parameters, v, strict=True)), torch.cat(all_losses)
+        return dict(zip(self._scope, v, strict=True)), torch.cat(all_losses)
+
+    def precondition(
+        self, v: Mapping[str, Tensor], diagonal: Callable[..., Tensor]
+    ) -> dict[str, Tensor]:
+        """v times a diagonal of the optimizer's state, which each rank has for its partition.
+
+        Args:
+            diagonal: `hypergradient.sama.adam_derivative` or its like.
+        """
+        zero = self._deepspeed.optimizer
+        (settings,) = {(g["betas"], g["eps"]) for g in zero.optimizer.param_groups}
+        product = {name: torch.zeros_like(tangent) for name, tangent in v.items()}
+        for name, tangent in v.items():
+            mapping = self.parameters[name]._hp_mapping
+            if mapping is None:  # none of it lies in this rank's partition
+                continue
+            partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            state, mine = zero.optimizer.state[partition], mapping.hp_fragment_address
+            moments = [
+                t.narrow(0, mine.start, mine.numel)
+                for t in (state["exp_avg"], state["exp_avg_sq"], self._last_gradients[partition])
+            ]
+            factor = diagonal(*moments, float(state["step"]), *settings)
+            place = mapping.lp_fragment_address
+            part = tangent.reshape(-1).narrow(0, place.start, place.numel)
+            product[name].view(-1).narrow(0, place.start, place.numel).copy_(
+                part * factor.to(tangent.device)
+            )
+        distributed.all_reduce_fragments(list(product.values()))
+        return product
+
+    def _keep_gradients(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        for group in optimizer.param_groups:
+            self._last_gradients.update({p: p.grad for p in group["params"] if p.grad is not None})
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that a lower step changes on this rank."""
+        zero = self._deepspeed.optimizer
+        return Snapshot(
+            [p.detach().clone() for p in self.parameters.values()],
+            [p.detach().clone() for p in zero.single_partition_of_fp32_groups],
+            [{k: t.clone() for k, t in state.items()} for state in self._optimizer_states()],
+            copy.deepcopy(self._deepspeed.lr_scheduler.state_dict()),
+            [group["lr"] for group in zero.param_groups],
+            {name: getattr(self._deepspeed, name) for name in COUNTERS},
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, bit for bit."""
+        zero = self._deepspeed.optimizer
+        torch._foreach_copy_(list(self.parameters.values()), snapshot.parameters)
+        torch._foreach_copy_(zero.single_partition_of_fp32_groups, snapshot.partitions)
+        for state, saved in zip(self._optimizer_states(), snapshot.optimizer, strict=True):
+            for key, tensor in state.items():
+                # The first step makes the state; a state of zeros is where it began.
+                tensor.copy_(saved[key]) if saved else tensor.zero_()
+        self._deepspeed.lr_scheduler.load_state_dict(copy.deepcopy(snapshot.schedule))
+        for group, lr in zip(zero.param_groups, snapshot.lrs, strict=True):
+            group["lr"] = lr
+        for name, value in snapshot.counters.items():
+            setattr(self._deepspeed, name, value)
+
+    def _optimizer_states(self) -> list[dict[str, Tensor]]:
+        zero = self._deepspeed.optimizer
+        return [zero.optimizer.state[p] for p in zero.single_partition_of_fp32_groups]
 
 
 def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:

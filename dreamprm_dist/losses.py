@@ -1,6 +1,7 @@
 """The two losses of the bi-level problem, from logits at the step positions."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,19 @@ from torch import Tensor
 
 from dreamprm_dist.aggregation import aggregate, pad_steps
 from dreamprm_dist.prm.chat import IGNORE_INDEX
+
+
+class Observation(NamedTuple):
+    """What the upper level sees of a micro-batch of B instances.
+
+    Attributes:
+        losses: (B,) instance losses.
+        features: what the reweighter reads, (n, F) a labelled step or (B, F) an instance; (0, 0)
+            for a reweighter that reads nothing.
+    """
+
+    losses: Tensor
+    features: Tensor
 
 
 def instance_losses(logits: Tensor, targets: Tensor, step_rows: Tensor, num_rows: int) -> Tensor:
@@ -31,9 +45,16 @@ def instance_losses(logits: Tensor, targets: Tensor, step_rows: Tensor, num_rows
     return totals / counts.clamp(min=1)
 
 
-def step_scores(logits: Tensor, label_token_id: int) -> Tensor:
-    """Probability of a label at each step, over the whole vocabulary: (n, vocabulary) -> (n,)."""
+def step_scores(logits: Tensor, label_token_id: int, among: Sequence[int] | None = None) -> Tensor:
+    """Probability of a label at each step: logits (n, vocabulary) -> (n,).
+
+    Args:
+        among: token ids that the softmax runs over; the whole vocabulary by default, as the
+            reference implementation. VisualPRM takes `+` and `-` alone.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if among is not None:
+        return logits[:, list(among)].log_softmax(-1)[:, list(among).index(label_token_id)].exp()
     return logits.log_softmax(-1)[:, label_token_id].exp()
 
 
@@ -41,9 +62,10 @@ def meta_losses(
     logits: Tensor,
     step_rows: Tensor,
     true_false: Tensor,
-    label_ids: dict[str, int],
+    label_ids: Mapping[str, int],
     aggregation: str,
     loss_target: Literal["+", "both"],
+    score_over: Literal["vocabulary", "pair"] = "vocabulary",
 ) -> Tensor:
     """Upper-level loss of each solution: how wrong its aggregated score is about its answer.
 
@@ -54,15 +76,17 @@ def meta_losses(
         logits: (n, vocabulary) at every step of the B solutions.
         step_rows: (n,) the solution each step belongs to.
         true_false: (B,) 1 where the final answer is right, else 0.
+        score_over: what P is taken over, see `step_scores`.
 
     Returns:
         (B,).
     """
-    plus = step_scores(logits, label_ids["+"])
+    among = (label_ids["+"], label_ids["-"]) if score_over == "pair" else None
+    plus = step_scores(logits, label_ids["+"], among)
     if loss_target == "+":
         scores, goal = plus, true_false
     else:
-        minus = step_scores(logits, label_ids["-"])
+        minus = step_scores(logits, label_ids["-"], among)
         scores = torch.where(true_false[step_rows] > 0.5, plus, minus)
         goal = torch.ones_like(true_false)
     padded, mask = pad_steps(scores, step_rows, len(true_false))

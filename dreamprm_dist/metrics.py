@@ -20,6 +20,7 @@ FIELDS = {
     "meta_gradient_norm": "norm of v, the meta gradient by the PRM's parameters",
     "hypergradient_norm": "global norm of the hypergradient by the raw weights",
     "weight_mean": "mean weight over all instances; with weight_min, _q05 … _q95, _max",
+    "weight_domains": "domain_table: the weight of each data set",
     "samples_per_second": "training instances a second over all ranks",
     "seconds_data": "waiting for data, on rank 0, as all seconds",
     "seconds_lower": "lower steps",

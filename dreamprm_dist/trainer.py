@@ -31,11 +31,12 @@ from dreamprm_dist.data.sampler import check_divisible
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.engine import Engine, LowerStep
 from dreamprm_dist.hypergradient import ESTIMATORS
-from dreamprm_dist.losses import instance_losses, meta_losses
+from dreamprm_dist.losses import Observation, instance_losses, meta_losses
 from dreamprm_dist.metrics import MetricsWriter, Phases, peak_memory_bytes
 from dreamprm_dist.prm.chat import label_token_ids
-from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.prm.model import StepOutput, load_prm, load_tokenizer
 from dreamprm_dist.reweighters import REWEIGHTERS
+from dreamprm_dist.reweighters.base import Surroundings
 
 METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
@@ -93,14 +94,29 @@ class BilevelTrainer:
         self.train_batches = self._batches(
             train_shards, LOWER, lower.batch_size, lower.gradient_accumulation
         )
-        self.engine = Engine(prm, config, config.run.iteration_num * upper.unroll_steps, device)
+        self.estimator = ESTIMATORS[upper.hypergradient]
+        self.engine = Engine(
+            prm,
+            config,
+            config.run.iteration_num * upper.unroll_steps,
+            device,
+            keep_gradients=self.estimator.precondition is not None,
+        )
         if not config.unweighted:
             self.meta_batches = self._batches(
                 meta_shards, UPPER, upper.meta_batch_size, upper.meta_gradient_accumulation
             )
-            self.estimator = ESTIMATORS[upper.hypergradient]
             self.reweighter = REWEIGHTERS[upper.reweighter](
-                upper, train_shards.rows_per_shard, config.run.iteration_num, device
+                upper,
+                Surroundings(
+                    train_shards.rows_per_shard,
+                    lambda shard: train_shards.read_column(shard, "dataset"),
+                    config.run.iteration_num,
+                    device,
+                    prm.model.config.text_config.hidden_size,
+                    self.label_ids,
+                    config.run.seed,
+                ),
             )
         self.phases = Phases(device)
 
@@ -155,62 +171,83 @@ class BilevelTrainer:
         self, lower_stream: Iterator[list[Batch]], meta_stream: Iterator[list[Batch]] | None
     ) -> dict[str, Tensor | float]:
         """One outer iteration; returns what this rank saw of it."""
-        for _ in range(self.config.upper.unroll_steps):
-            with self.phases("data"):
-                micro_batches = [batch.to(self.device) for batch in next(lower_stream)]
-            lr = self.engine.lr
-            with self.phases("lower"):
-                step = self.engine.lower_step(micro_batches, self._weigh)
-        values = {"lr": lr, "lower": step}
-        if meta_stream is None:
+        upper = self.config.upper
+        with self.phases("data"):
+            window = [self._to_device(next(lower_stream)) for _ in range(upper.unroll_steps)]
+            meta = None if meta_stream is None else self._to_device(next(meta_stream))
+        if meta is None:
+            for micro_batches in window:
+                values = self._lower_step(micro_batches)
             return values
 
-        with self.phases("data"):
-            meta_micro_batches = [batch.to(self.device) for batch in next(meta_stream)]
-        with self.phases("meta"):
-            v, values["meta_losses"] = self.engine.meta_gradient(
-                meta_micro_batches, self._meta_losses
-            )
-        with self.phases("hypergradient"):
-            for batch in micro_batches:
-                derivatives = self._directional_derivatives(batch, v)
-                self.reweighter.add_hypergradient(
-                    batch.sample_ids, -derivatives / self.train_batches.global_batch_size
-                )
+        before = self.engine.snapshot() if upper.rollback else None
+        for position, micro_batches in enumerate(window, start=1):
+            values = self._lower_step(micro_batches)
+            if position == len(window) or upper.unroll_window == "all":
+                values |= self._hypergradient(micro_batches, meta)
         values["meta_lr"] = self.reweighter.lr
         with self.phases("upper"):
             values["hypergradient_squared_norm"] = self.reweighter.step()
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in v.values()]
-        values["meta_gradient_norm"] = float(torch.stack(norms).norm())
+        if before is not None:
+            self.engine.restore(before)
+            for micro_batches in window:
+                values |= self._lower_step(micro_batches)
         return values
 
-    def _weigh(self, sample_ids: Tensor) -> Tensor:
-        if self.config.unweighted:
-            return torch.ones(len(sample_ids), device=self.device)
-        return self.reweighter.weights(sample_ids)
+    def _to_device(self, micro_batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.device) for batch in micro_batches]
 
-    def _meta_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _lower_step(self, micro_batches: list[Batch]) -> dict[str, LowerStep | float]:
+        lr = self.engine.lr
+        with self.phases("lower"):
+            return {"lr": lr, "lower": self.engine.lower_step(micro_batches, self._weigh)}
+
+    def _hypergradient(
+        self, micro_batches: list[Batch], meta_micro_batches: list[Batch]
+    ) -> dict[str, Tensor | float]:
+        """Add the hypergradient of one lower batch at the present parameters."""
+        with self.phases("meta"):
+            v, losses = self.engine.meta_gradient(meta_micro_batches, self._meta_losses)
+            if self.estimator.precondition:
+                v = self.engine.precondition(v, self.estimator.precondition)
+        if self.reweighter.learns:
+            with self.phases("hypergradient"):
+                for batch in micro_batches:
+                    self.reweighter.add_hypergradient(
+                        batch, *self._estimate(batch, v), self.train_batches.global_batch_size
+                    )
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in v.values()]
+        return {"meta_losses": losses, "meta_gradient_norm": float(torch.stack(norms).norm())}
+
+    def _weigh(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
+        if self.config.unweighted:
+            return torch.ones(len(batch), device=self.device)
+        return self.reweighter.weights(batch, self.reweighter.features(output, losses, batch))
+
+    def _meta_losses(self, output: StepOutput, batch: Batch) -> Tensor:
         upper = self.config.upper
         return meta_losses(
-            logits,
+            output.logits,
             batch.step_rows,
             batch.true_false,
             self.label_ids,
             upper.aggregation_function,
             upper.loss_target,
+            upper.score_over,
         )
 
-    def _directional_derivatives(self, batch: Batch, v: Mapping[str, Tensor]) -> Tensor:
-        """<grad l_i, v> at the present parameters for each instance of a micro-batch, (B,)."""
+    def _estimate(self, batch: Batch, v: Mapping[str, Tensor]) -> tuple[Observation, Observation]:
+        """What the upper level sees of a micro-batch, and its derivative along v."""
         module = self.engine.module
 
-        def losses(parameters: Mapping[str, Tensor]) -> Tensor:
-            logits = functional_call(module, dict(parameters), (batch,))
-            return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        def observe(parameters: Mapping[str, Tensor]) -> Observation:
+            output = functional_call(module, dict(parameters), (batch,))
+            losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+            return Observation(losses, self.reweighter.features(output, losses, batch))
 
         mode = module.forward_mode() if self.estimator.forward_mode else contextlib.nullcontext()
         with mode:
-            return self.estimator.function(losses, self.engine.parameters, v)
+            return self.estimator.function(observe, self.engine.parameters, v)
 
     def _stream(self, batches: RankBatches, count: int) -> Iterator[list[Batch]]:
         return batches.stream(0, count, self.config.data.num_workers, self.device)
@@ -256,9 +293,32 @@ class BilevelTrainer:
             "peak_memory_gib": float(distributed.all_reduce_max(peak)) / 2**30,
         }
 
+    def instance_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Raw weights and weights of all instances by sample ID, on rank 0 only.
+
+        Weights that the PRM's output decides take a forward pass over the training data.
+        """
+        reweighter = self.reweighter
+        raw = self._raw_weights_now() if reweighter.reads_prm else reweighter.local_raw_weights()
+        return reweighter.gather(raw)
+
+    @torch.no_grad()
+    def _raw_weights_now(self) -> Tensor:
+        """Raw weights of this rank's rows by the present PRM."""
+        raw = torch.empty(self.reweighter.partition.num_rows, device=self.device)
+        batches = self.train_batches.every_row(self.config.data.num_workers, self.device)
+        for batch in tqdm(batches, desc="weights", disable=distributed.rank() != 0, leave=False):
+            batch = batch.to(self.device)
+            output = self.engine.module(batch)
+            losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+            features = self.reweighter.features(output, losses, batch)
+            rows = self.reweighter.partition.rows(batch.sample_ids)
+            raw[rows] = self.reweighter.raw_weights_of(batch, features)
+        return raw
+
     def export(self) -> None:
         """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""
-        weights = None if self.config.unweighted else self.reweighter.gather()
+        weights = None if self.config.unweighted else self.instance_weights()
         if distributed.rank() == 0:
             with export_folder(self.run_folder / "export") as folder:
                 export_prm(folder, self.engine.module, self.tokenizer, self.config)

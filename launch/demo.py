@@ -161,7 +161,7 @@ class Demo:
                 ]
                 batch = collate(instances, tokenizer.pad_token_id)
                 values = instance_losses(
-                    prm(batch), batch.step_targets, batch.step_rows, len(batch)
+                    prm(batch).logits, batch.step_targets, batch.step_rows, len(batch)
                 )
                 losses[[r["sample_id"] for r in records]] = values
         return losses

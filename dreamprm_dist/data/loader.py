@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -76,6 +77,25 @@ class RankBatches(Dataset):
             )
         )
 
+    def every_row(self, num_workers: int, device: torch.device) -> Iterator[Batch]:
+        """Each row of this rank's shards once, in micro-batches; the last may be smaller."""
+        shards = owned_shards(self.shards.num_shards, self.rank, self.world_size)
+        rows = [
+            (shard, row) for shard in shards for row in range(self.shards.rows_per_shard[shard])
+        ]
+        size = self.micro_batch_size
+        return iter(
+            DataLoader(
+                _Rows(self, rows),
+                batch_sampler=[
+                    range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)
+                ],
+                collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
+                num_workers=num_workers,
+                pin_memory=device.type == "cuda",
+            )
+        )
+
     def check_lengths(self) -> None:
         """Refuse records of this rank's shards that are longer than the model's context.
 
@@ -110,6 +130,19 @@ class RankBatches(Dataset):
         ]
         text = encode_conversation(record["conversations"], self.tokenizer, [0] * len(tiles))
         return len(text.input_ids) + sum(tiles) * self.format.tokens_per_tile
+
+
+class _Rows(Dataset):
+    """Single instances by their place in a list of (shard, row)."""
+
+    def __init__(self, batches: RankBatches, rows: list[tuple[int, int]]):
+        self._batches, self._rows = batches, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int):
+        return self._batches._instance(*self._rows[index])
 
 
 def _named(shards: ShardFolder, record: dict, problem: object) -> str:

@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dreamprm_dist.losses import Observation
+
 
 def jvp(
-    losses: Callable[[Mapping[str, Tensor]], Tensor],
+    function: Callable[[Mapping[str, Tensor]], Observation],
     parameters: Mapping[str, Tensor],
     v: Mapping[str, Tensor],
-) -> Tensor:
-    """<grad l_i, v> for each instance, shape (B,); see the package's docstring."""
+) -> tuple[Observation, Observation]:
+    """The observation and its derivative along v; see the package's docstring."""
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
-            name: forward_ad.make_dual(parameter.detach(), v[name])
-            for name, parameter in parameters.items()
+            name: forward_ad.make_dual(p.detach(), v[name]) if name in v else p.detach()
+            for name, p in parameters.items()
         }
-        return forward_ad.unpack_dual(losses(duals)).tangent
+        pairs = [forward_ad.unpack_dual(value) for value in function(duals)]
+    # Without a tangent a value does not depend on what v covers.
+    tangents = [
+        torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent for pair in pairs
+    ]
+    return Observation(*(pair.primal for pair in pairs)), Observation(*tangents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from dreamprm_dist.data.collate import Batch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class StepOutput(NamedTuple):
+    """What the PRM says at n step positions.
+
+    Attributes:
+        logits: (n, vocabulary).
+        hidden: (n, hidden size) the last hidden states that the logits were made of.
+    """
+
+    logits: Tensor
+    hidden: Tensor
 
 
 class PRM(nn.Module):
@@ -51,15 +63,15 @@ class PRM(nn.Module):
         """Context length in tokens."""
         return self.model.config.text_config.max_position_embeddings
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits (n, vocabulary) at the batch's n step positions."""
+    def forward(self, batch: Batch) -> StepOutput:
+        """Logits and hidden states at the batch's n step positions."""
         hidden = self.model.model(
             input_ids=batch.input_ids, pixel_values=batch.pixel_values, use_cache=False
         ).last_hidden_state
         hidden = hidden[batch.step_rows, batch.step_positions]
         if batch.pixel_values is None and self.training:
             hidden = hidden + 0.0 * self._blank_image_features().sum()
-        return self.model.lm_head(hidden)
+        return StepOutput(self.model.lm_head(hidden), hidden)
 
     def _blank_image_features(self) -> Tensor:
         # Every parameter must take part in every backward pass: ZeRO reduces gradients in the order
@@ -83,6 +95,30 @@ class PRM(nn.Module):
         self.model.model.vision_tower.requires_grad_(not vision_tower)
         self.model.model.language_model.requires_grad_(not language_model)
         self.model.lm_head.requires_grad_(not language_model)
+
+    def parameters_in(self, scope: str) -> list[str]:
+        """Names of the trained parameters that a `hypergradient_scope` covers.
+
+        Raises:
+            ValueError: the language model has fewer layers, or all of the scope is frozen.
+        """
+        names = [name for name, p in self.named_parameters() if p.requires_grad]
+        if scope == "all":
+            return names
+        language = "model.model.language_model."
+        prefixes = (language, "model.lm_head.")
+        if scope != "language_model":
+            wanted = int(scope.removeprefix("last_").removesuffix("_layers"))
+            layers = len(self.model.model.language_model.layers)
+            if wanted > layers:
+                raise ValueError(f"hypergradient_scope {scope}: the model has {layers} layers")
+            last = range(layers - wanted, layers)
+            prefixes = (f"{language}norm.", "model.lm_head.")
+            prefixes += tuple(f"{language}layers.{layer}." for layer in last)
+        names = [name for name in names if name.startswith(prefixes)]
+        if not names:
+            raise ValueError(f"hypergradient_scope {scope}: all of its parameters are frozen")
+        return names
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward passes.

@@ -11,6 +11,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, UpperConfig], Tensor]] = {
     "LeakyReLU": lambda raw, config: F.leaky_relu(raw),
     "ReLU": lambda raw, config: F.relu(raw),
     "No": lambda raw, config: raw,
+    "sigmoid": lambda raw, config: raw.sigmoid(),
     "Clip": lambda raw, config: raw.clamp(config.weight_min, config.weight_max),
     # The bounds are kept by projecting raw weights after each step, so that a weight at a bound
     # still receives its hypergradient.

@@ -53,16 +53,34 @@ def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
     metrics = [
         trainer._metrics(i, trainer.iteration(lower, meta)) for i in range(1, ITERATIONS + 1)
     ]
-    gathered = trainer.reweighter.gather()
+    gathered = trainer.instance_weights()
+    untouched = meta_step_leaves_the_engine_as_it_is(trainer)
     return {
         "metrics": {
             key: torch.tensor([m[key] for m in metrics], dtype=torch.float64)
             for key in metrics[0]
-            if not key.startswith(("seconds", "samples", "peak"))
+            if not key.startswith(("seconds", "samples", "peak", "weight_domains"))
         },
         "v": torch.stack(directions),
         "weights": None if gathered is None else gathered[1],
+        "untouched": untouched,
     }
+
+
+def meta_step_leaves_the_engine_as_it_is(trainer: BilevelTrainer) -> bool:
+    """Take a meta gradient and its hypergradient; is every bit that ZeRO holds the same?"""
+    before = trainer.engine.snapshot()
+    trainer._hypergradient(
+        next(trainer._stream(trainer.train_batches, 1)),
+        next(trainer._stream(trainer.meta_batches, 1)),
+    )
+    after = trainer.engine.snapshot()
+    tensors = [
+        [*s.parameters, *s.partitions, *(t for state in s.optimizer for t in state.values())]
+        for s in (before, after)
+    ]
+    assert len(tensors[0]) == len(tensors[1]) > 2
+    return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
 def put_in(mutant: str) -> None:

@@ -1,4 +1,4 @@
-"""The hypergradient on a real (tiny) InternVL in float64, against double backward.
+"""Every estimator and reweighter on a real (tiny) InternVL in float64, against double backward.
 
 transformers' RMSNorm computes in float32 whatever the model's dtype, which would limit every
 comparison to about 1e-7; the fixture replaces it by the same formula in the model's own dtype.
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reweighting import surroundings
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -17,16 +18,22 @@ from dreamprm_dist.data.collate import Batch, InputFormat
 from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.hypergradient import ESTIMATORS
-from dreamprm_dist.losses import instance_losses, meta_losses
+from dreamprm_dist.losses import Observation, instance_losses, meta_losses
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
-from dreamprm_dist.reweighters import InstanceTable
+from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
+from dreamprm_dist.reweighters.base import Reweighter
+from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
 
 SIZE = 6
 # Two orders of differentiation in float64 agree to about 1e-13; 1e-9 leaves room for the
 # conditioning of a random network and none for a wrong term.
 TOLERANCE = 1e-9
+# A central difference errs by the square of its step times third derivatives, which are large in a
+# random network: 0.5 % at the default step of length 0.01, so 5e-7 at 1e-4.
+RADIUS = 1e-4
+TOLERANCES = {name: 1e-5 if name == "finite_difference" else TOLERANCE for name in ESTIMATORS}
 
 
 def exact_rms_norm(self, hidden):
@@ -45,7 +52,7 @@ class Problem:
         self.label_ids = label_token_ids(tokenizer)
         self.parameters = {n: p for n, p in prm.named_parameters() if p.requires_grad}
         loss = meta_losses(
-            prm(self.meta),
+            prm(self.meta).logits,
             self.meta.step_rows,
             self.meta.true_false.double(),
             self.label_ids,
@@ -63,10 +70,16 @@ class Problem:
         )
         return batches[0][0]
 
-    def losses(self, parameters) -> torch.Tensor:
+    def observe(self, parameters, reweighter: Reweighter | None = None) -> Observation:
         batch = self.lower
-        logits = functional_call(self.prm, dict(parameters), (batch,))
-        return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        output = functional_call(self.prm, dict(parameters), (batch,))
+        losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+        if reweighter is None:
+            return Observation(losses, losses.new_zeros(0, 0))
+        return Observation(losses, reweighter.features(output, losses, batch))
+
+    def losses(self, parameters) -> torch.Tensor:
+        return self.observe(parameters).losses
 
     def per_instance(self) -> torch.Tensor:
         """<grad l_i, v> by one backward pass for each instance."""
@@ -93,44 +106,197 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-def estimate(problem: Problem, name: str) -> torch.Tensor:
+def estimate(
+    problem: Problem, name: str, reweighter: Reweighter | None = None, v=None, radius=RADIUS
+):
+    """Values and derivatives of an estimator along v."""
+    v = problem.v if v is None else v
+    settings = {"radius": radius} if name == "finite_difference" else {}
     with problem.prm.forward_mode():
-        return ESTIMATORS[name].function(problem.losses, problem.parameters, problem.v)
+        return ESTIMATORS[name].function(
+            lambda parameters: problem.observe(parameters, reweighter),
+            problem.parameters,
+            v,
+            **settings,
+        )
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_directional_derivatives_are_the_dot_products(problem: Problem, name: str):
     truth = problem.per_instance()
-    assert relative_error(estimate(problem, name), truth) < TOLERANCE
+    values, derivatives = estimate(problem, name)
+    assert relative_error(derivatives.losses, truth) < TOLERANCES[name]
+    assert relative_error(values.losses, problem.losses(problem.parameters).detach()) < TOLERANCE
     # The instances must differ, or a permutation of them would go unnoticed.
     assert relative_error(truth.flip(0), truth) > 0.01
 
 
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_tables_hypergradient_is_double_backward(problem: Problem, activation: str):
-    """-d2 L_lower / d alpha d theta . v, with L_lower = (1/G) sum_i act(alpha_i) l_i."""
-    config = UpperConfig(activation_function=activation, row_update="normalized_sgd")
-    raw = torch.tensor([-0.5, 0.3, 1.0, 2.0, 3.5, 1.2], dtype=torch.float64, requires_grad=True)
-    parameters = list(problem.parameters.values())
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_leaves_the_parameters_alone_also_when_the_loss_fails(
+    problem: Problem, name: str
+):
+    before = {n: p.detach().clone() for n, p in problem.parameters.items()}
+    estimate(problem, name)
+
+    def fails(parameters):
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        ESTIMATORS[name].function(fails, problem.parameters, problem.v)
+    assert all(torch.equal(p, before[n]) for n, p in problem.parameters.items())
+
+
+@pytest.mark.parametrize("scope", ["language_model", "last_1_layers"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_scope_is_v_with_zeros_elsewhere(problem: Problem, name: str, scope: str):
+    inside = set(problem.prm.parameters_in(scope))
+    assert 0 < len(inside) < len(problem.parameters)
+    part = {n: t for n, t in problem.v.items() if n in inside}
+    padded = {n: t if n in inside else torch.zeros_like(t) for n, t in problem.v.items()}
+    found = estimate(problem, name, v=part)[1].losses
+    truth = estimate(problem, "gradient_dot", v=padded)[1].losses
+    assert relative_error(found, truth) < TOLERANCES[name]
+
+
+def test_finite_difference_is_of_second_order(problem: Problem):
+    truth = problem.per_instance()
+    errors = [
+        relative_error(estimate(problem, "finite_difference", radius=r)[1].losses, truth)
+        for r in (0.01, 0.005)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+
+
+def test_sama_sees_v_through_an_adam_step():
+    """The diagonal is the derivative of torch's Adam step by its gradient, by double backward."""
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    history[:, 0] = 0  # never seen by Adam
+    for steps in (1, 2, 4):
+        gradient = history[steps - 1].clone().requires_grad_()
+        parameter = torch.zeros(50, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([parameter], lr=1.0, betas=(0.8, 0.99), differentiable=False)
+        for past in history[: steps - 1]:
+            parameter.grad = past
+            optimizer.step()
+        state = optimizer.state[parameter]
+        old = [state.get(name, torch.zeros(50)).clone() for name in ("exp_avg", "exp_avg_sq")]
+        mean = 0.8 * old[0] + 0.2 * gradient
+        square = 0.99 * old[1] + 0.01 * gradient.square()
+        root = torch.where(square > 0, square, 1.0).sqrt().where(square > 0, 0.0)
+        update = mean / (1 - 0.8**steps) / (root / (1 - 0.99**steps) ** 0.5 + 1e-8)
+        (truth,) = torch.autograd.grad(update.sum(), gradient)
+        before = parameter.detach().clone()
+        parameter.grad = history[steps - 1]
+        optimizer.step()
+        torch.testing.assert_close(before - parameter.detach(), update.detach())
+        found = ESTIMATORS["sama"].precondition(
+            optimizer.state[parameter]["exp_avg"],
+            optimizer.state[parameter]["exp_avg_sq"],
+            history[steps - 1],
+            float(steps),
+            (0.8, 0.99),
+            1e-8,
+        )
+        # The largest entry belongs to a gradient near 0, where eps is all that divides.
+        torch.testing.assert_close(found[1:], truth[1:], rtol=1e-6, atol=1e-7)
+        assert torch.isfinite(found).all()
+
+
+NETS = [
+    {"reweighter": "instance_net", "instance_net_input": name, "differentiate_weights": through}
+    for name in ("step_probabilities", "representation", "loss")
+    for through in (False, True)
+]
+SETTINGS = [
+    *({"reweighter": "instance_table", "activation_function": name} for name in ACTIVATIONS),
+    *NETS,
+    {**NETS[0], "activation_function": "sigmoid", "num_layers": 2},
+    {"reweighter": "domain_table"},
+]
+
+
+def build(problem: Problem, settings: dict) -> tuple[Reweighter, list[torch.Tensor]]:
+    """A reweighter in float64 whose parameters are all unlike, and these parameters."""
+    config = UpperConfig(**settings)
+    hidden_size = problem.prm.model.config.text_config.hidden_size
+    around = surroundings([16] * 4, hidden_size=hidden_size, label_ids=problem.label_ids)
+    reweighter = REWEIGHTERS[settings["reweighter"]](config, around)
+    generator = torch.Generator().manual_seed(3)
+    if isinstance(reweighter, ReplicatedReweighter):
+        reweighter.module.double()
+        parameters = list(reweighter.module.parameters())
+        for p in parameters:
+            p.data += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        return reweighter, parameters
+    raw = torch.tensor([-0.5, 0.3, 1.0, 2.0, 3.5, 1.2], dtype=torch.float64)
+    reweighter.raw_weights = reweighter.raw_weights.double()
+    reweighter.raw_weights[reweighter.partition.rows(problem.lower.sample_ids)] = raw
+    return reweighter, [reweighter.raw_weights]
+
+
+def double_backward(problem: Problem, reweighter: Reweighter, parameters) -> torch.Tensor:
+    """-d/d alpha <grad_theta L_lower(theta, alpha), v>, L_lower = (1/G) sum_i w_i l_i, flat."""
+    for p in parameters:
+        p.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH):  # flash kernels have no second derivative
-        losses = problem.losses(problem.parameters)
-        lower = (ACTIVATIONS[activation](raw, config) * losses).mean()
+        losses, features = problem.observe(problem.parameters, reweighter)
+        weights = reweighter.activate(reweighter.raw_weights_of(problem.lower, features))
+        theta = list(problem.parameters.values())
         gradients = torch.autograd.grad(
-            lower, parameters, create_graph=True, materialize_grads=True
+            (weights * losses).mean(), theta, create_graph=True, materialize_grads=True
         )
         product = sum((g * v).sum() for g, v in zip(gradients, problem.v.values(), strict=True))
-        (mixed,) = torch.autograd.grad(product, raw)
+        mixed = torch.autograd.grad(product, parameters)
+    for p in parameters:
+        p.requires_grad_(False)
+    return -torch.cat([m.flatten() for m in mixed])
 
-    ids = problem.lower.sample_ids
-    table = InstanceTable(config, [16] * 4, 1, torch.device("cpu"))
-    table.raw_weights = table.raw_weights.double()
-    table.raw_weights[table.rows(ids)] = raw.detach()
-    table.add_hypergradient(ids, -estimate(problem, "jvp") / SIZE)
-    found = table.hypergradient().to_dense()[table.rows(ids)]
-    assert relative_error(found, -mixed) < TOLERANCE
-    for mutant in (-found, found * SIZE, found.flip(0)):
-        assert relative_error(mutant, -mixed) > 0.01
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:a weight is negative")
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_hypergradients_are_double_backward(problem: Problem, settings: dict):
+    reweighter, parameters = build(problem, settings)
+    truth = double_backward(problem, reweighter, parameters)
+    assert truth.norm() > 0
+    for name, estimator in ESTIMATORS.items():
+        if reweighter.differentiate_weights and not estimator.differentiates_features:
+            continue
+        observed = estimate(problem, name, reweighter)
+        reweighter.add_hypergradient(problem.lower, *observed, SIZE)
+        found = reweighter.hypergradient()
+        if isinstance(reweighter, ReplicatedReweighter):
+            for p in parameters:
+                p.grad = None
+        else:
+            reweighter._pending.clear()
+            found = found.to_dense()
+        assert relative_error(found, truth) < TOLERANCES[name], name
+        for mutant in (-found, found * SIZE, found.flip(0)):
+            assert relative_error(mutant, truth) > 0.01
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("name", ["step_probabilities", "representation", "loss"])
+def test_differentiating_weights_changes_the_hypergradient(problem: Problem, name: str):
+    """Or the switch would do nothing, and the test above could not tell."""
+    found = [
+        double_backward(problem, *build(problem, settings))
+        for settings in NETS
+        if settings["instance_net_input"] == name
+    ]
+    assert relative_error(found[1], found[0]) > 0.01
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_lower_step_leaves_nothing_in_the_net(problem: Problem):
+    reweighter, parameters = build(problem, NETS[1])
+    losses, features = problem.observe(problem.parameters, reweighter)
+    weights = reweighter.weights(problem.lower, features)
+    assert weights.requires_grad
+    (weights * losses).mean().backward()
+    assert all(p.grad is None for p in parameters)
 
 
 @pytest.mark.parametrize("scope", ["all", "language_model", "vision_tower"])
@@ -142,26 +308,29 @@ def test_jvp_with_checkpointed_activations_and_frozen_parts(problem: Problem, sc
     problem.v = {name: problem.v[name] for name in names}
     truth = problem.per_instance()
     problem.prm.checkpoint_activations()
-    assert relative_error(estimate(problem, "jvp"), truth) < TOLERANCE
+    assert relative_error(estimate(problem, "jvp")[1].losses, truth) < TOLERANCE
     assert relative_error(problem.per_instance(), truth) < TOLERANCE
 
 
-def test_bf16_jvp_is_near_the_exact_product_of_the_same_rounded_weights(
-    tiny_prm_dir: Path, tiny_shards: Path
-):
-    """bf16 has 8 bits; errors average out over a network to a few tenths of a percent here."""
+def test_bf16_errors(tiny_prm_dir: Path, tiny_shards: Path):
+    """JVP in bf16 is near the exact product of the same rounded weights, finite difference not.
+
+    bf16 has 8 bits; the errors of JVP average out over a network to a few tenths of a percent.
+    """
     tokenizer = load_tokenizer(str(tiny_prm_dir))
     rounded = load_prm(str(tiny_prm_dir), "bf16")
     exact = Problem(load_prm(str(tiny_prm_dir), "bf16"), tokenizer, tiny_shards)
     v = {name: tangent.bfloat16() for name, tangent in exact.v.items()}
     exact.v = {name: tangent.double() for name, tangent in v.items()}
     truth = exact.per_instance()
-
-    def losses(parameters):
-        batch = exact.lower
-        logits = functional_call(rounded, dict(parameters), (batch,))
-        return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
-
-    with rounded.forward_mode():
-        found = ESTIMATORS["jvp"].function(losses, dict(rounded.named_parameters()), v)
-    assert relative_error(found.double(), truth) < 0.02
+    exact.prm, errors = rounded, {}
+    exact.parameters = dict(rounded.named_parameters())
+    for name in ("jvp", "gradient_dot", "finite_difference"):
+        if name == "finite_difference":
+            with pytest.warns(UserWarning, match="finite_difference in bf16"):
+                found = estimate(exact, name, v=v, radius=0.01)
+        else:
+            found = estimate(exact, name, v=v, radius=0.01)
+        errors[name] = relative_error(found[1].losses.double(), truth)
+    assert errors["jvp"] < 0.02 and errors["gradient_dot"] < 0.02, errors
+    assert errors["finite_difference"] > 5 * errors["jvp"], errors

@@ -118,7 +118,7 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
     with LargestOutput(vocabulary, hidden) as seen:
         losses(parameters).mean().backward()
         meta_losses(
-            prm(batch), batch.step_rows, batch.true_false, {"+": 10, "-": 12}, "mean", "both"
+            prm(batch).logits, batch.step_rows, batch.true_false, {"+": 10, "-": 12}, "mean", "both"
         ).mean().backward()
         with prm.forward_mode():
             jvp(losses, parameters, {n: torch.ones_like(p) for n, p in parameters.items()})

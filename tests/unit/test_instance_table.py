@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from reweighting import NO_FEATURES, batch_of, surroundings
+from torch import Tensor
 
 from dreamprm_dist.config import UpperConfig
+from dreamprm_dist.losses import Observation
 from dreamprm_dist.reweighters import InstanceTable
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
@@ -14,37 +17,51 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 def table(**settings) -> InstanceTable:
     base = {"meta_scheduler_type": "constant", "activation_function": "No", "meta_lr": 0.1}
-    return InstanceTable(UpperConfig(**(base | settings)), ROWS, 100, torch.device("cpu"))
+    return InstanceTable(UpperConfig(**(base | settings)), surroundings(ROWS, num_steps=100))
+
+
+def add(weights: InstanceTable, ids: list[int] | Tensor, gradient: list[float] | Tensor) -> None:
+    """Give the weights of some instances a derivative of the upper objective."""
+    derivatives = Observation(-torch.as_tensor(gradient), NO_FEATURES)
+    weights.add_hypergradient(batch_of(ids), Observation(NO_FEATURES, NO_FEATURES), derivatives, 1)
+
+
+def weights_of(weights: InstanceTable, ids: list[int] | Tensor) -> Tensor:
+    return weights.weights(batch_of(ids), NO_FEATURES)
+
+
+def gathered(weights: InstanceTable) -> tuple[Tensor, Tensor]:
+    return weights.gather(weights.local_raw_weights())
 
 
 def test_rows_follow_the_sample_ids():
     weights = table()
-    assert weights.rows(torch.arange(10)).tolist() == [0, 4, 7, 1, 5, 8, 2, 6, 9, 3]
+    assert weights.partition.rows(torch.arange(10)).tolist() == [0, 4, 7, 1, 5, 8, 2, 6, 9, 3]
     weights.raw_weights.copy_(torch.arange(10))
-    raw, values = weights.gather()
+    raw, values = gathered(weights)
     assert torch.equal(raw, values)
-    assert raw[torch.arange(10)].tolist() == weights.rows(torch.arange(10)).tolist()
+    assert raw[torch.arange(10)].tolist() == weights.partition.rows(torch.arange(10)).tolist()
 
 
 @pytest.mark.parametrize("sample_id", [-1, 10, 11, 300])
 def test_an_id_beyond_the_data_is_refused(sample_id):
     with pytest.raises(ValueError, match=f"sample_id {sample_id} "):
-        table().weights(torch.tensor([0, sample_id]))
+        weights_of(table(), [0, sample_id])
 
 
 def test_another_ranks_row_is_an_error_and_never_fetched():
     weights = table()
-    weights.rank, weights.world_size = 0, 3
+    weights.partition.rank, weights.partition.world_size = 0, 3
     with pytest.raises(ValueError, match="sample_id 4 belongs to rank 1, not to rank 0"):
-        weights.weights(torch.tensor([0, 4]))
+        weights_of(weights, [0, 4])
 
 
 def test_normalized_sgd_is_the_hypergradient_over_its_mean_magnitude():
     weights = table(row_update="normalized_sgd", meta_weight_decay=0.5)
-    weights.add_hypergradient(torch.tensor([1, 2]), torch.tensor([3.0, -1.0]))
-    weights.add_hypergradient(torch.tensor([5]), torch.tensor([-2.0]))
+    add(weights, [1, 2], [3.0, -1.0])
+    add(weights, [5], [-2.0])
     squared_norm = weights.step()
-    raw, _ = weights.gather()
+    raw, _ = gathered(weights)
     decayed = 1 - 0.1 * 0.5
     expected = torch.ones(10)
     expected[[1, 2, 5]] = decayed - 0.1 * torch.tensor([3.0, -1.0, -2.0]) / 2
@@ -54,28 +71,92 @@ def test_normalized_sgd_is_the_hypergradient_over_its_mean_magnitude():
 
 def test_an_instance_drawn_twice_gets_the_sum():
     weights = table(row_update="normalized_sgd")
-    weights.add_hypergradient(torch.tensor([1, 1, 2]), torch.tensor([1.0, 2.0, 3.0]))
-    assert weights.hypergradient().to_dense()[weights.rows(torch.tensor([1, 2]))].tolist() == [3, 3]
+    add(weights, [1, 1, 2], [1.0, 2.0, 3.0])
+    assert weights.hypergradient().to_dense()[
+        weights.partition.rows(torch.tensor([1, 2]))
+    ].tolist() == [3, 3]
 
 
 def test_no_hypergradient_no_step():
-    weights = table(row_update="normalized_sgd")
-    weights.add_hypergradient(torch.tensor([1]), torch.tensor([0.0]))
+    weights = table(row_update="normalized_sgd", meta_weight_decay=0.0)
+    add(weights, [1], [0.0])
     weights.step()
     assert torch.equal(weights.raw_weights, torch.ones(10))
 
 
 def test_adamw_is_torchs_on_the_dense_table():
-    weights = table(row_update="adamw", meta_momentum=0.8, meta_weight_decay=0.3)
+    weights = table(
+        row_update="adamw", meta_momentum=0.8, meta_weight_decay=0.3, meta_gradient_clipping=0.0
+    )
     dense = torch.nn.Parameter(torch.ones(10))
     optimizer = torch.optim.AdamW([dense], lr=0.1, betas=(0.8, 0.999), weight_decay=0.3)
     for ids, gradients in (([0, 3], [1.0, -2.0]), ([3, 7], [0.5, 4.0]), ([9], [1.0])):
         ids, gradients = torch.tensor(ids), torch.tensor(gradients)
-        weights.add_hypergradient(ids, gradients)
+        add(weights, ids, gradients)
         weights.step()
         dense.grad = torch.zeros(10).index_put((ids,), gradients)
         optimizer.step()
-    torch.testing.assert_close(weights.gather()[0], dense.detach())
+    torch.testing.assert_close(gathered(weights)[0], dense.detach())
+
+
+def test_lazy_adamw_is_torchs_on_each_row_alone():
+    """A row's history is that of a table of one row which saw only this row's visits."""
+    weights = table(
+        row_update="adamw_lazy", meta_momentum=0.8, meta_weight_decay=0.3, meta_gradient_clipping=0
+    )
+    visits = (([0, 3], [1.0, -2.0]), ([3, 7], [0.5, 4.0]), ([9], [1.0]), ([3, 0], [0.1, 0.2]))
+    alone = {row: torch.nn.Parameter(torch.ones(())) for row in range(10)}
+    optimizers = {
+        row: torch.optim.AdamW([p], lr=0.1, betas=(0.8, 0.999), weight_decay=0.3)
+        for row, p in alone.items()
+    }
+    for ids, gradients in visits:
+        add(weights, ids, gradients)
+        weights.step()
+        for row, gradient in zip(ids, gradients, strict=True):
+            alone[row].grad = torch.tensor(gradient)
+            optimizers[row].step()
+    expected = torch.stack([alone[row].detach() for row in range(10)])
+    torch.testing.assert_close(gathered(weights)[0], expected)
+    assert expected[1] == 1 and expected[3] != 1
+
+
+@pytest.mark.parametrize("row_update", ROW_UPDATES)
+def test_decay_to_initialization(row_update):
+    """Of two rows with no hypergradient left the one decays to 0, the other to where it began."""
+    results = {}
+    for to_start in (False, True):
+        weights = table(
+            row_update=row_update,
+            initialization=2.0,
+            meta_lr=0.5,
+            meta_weight_decay=0.5,
+            decay_to_initialization=to_start,
+        )
+        weights.raw_weights[weights.partition.rows(torch.tensor([4]))] = 3.0
+        for _ in range(40):
+            add(weights, [4], [0.0])
+            weights.step()
+        results[to_start] = float(weights_of(weights, [4]))
+    assert results[False] == pytest.approx(0.0, abs=1e-4)
+    assert results[True] == pytest.approx(2.0, abs=1e-4)
+
+
+def test_clipping_takes_the_norm_over_all_rows():
+    clipped = table(row_update="adamw", meta_gradient_clipping=1.0)
+    whole = table(row_update="adamw", meta_gradient_clipping=0.0)
+    for weights, gradient in ((clipped, [6.0, 8.0]), (whole, [0.6, 0.8])):
+        add(weights, [1, 2], gradient)
+        weights.step()
+    torch.testing.assert_close(clipped.raw_weights, whole.raw_weights)
+    assert clipped._optimizer.state[clipped.raw_weights]["exp_avg"].norm() == pytest.approx(0.1)
+
+
+def test_a_negative_weight_is_said_once():
+    weights = table(initialization=-0.5)
+    with pytest.warns(UserWarning, match="a weight is negative"):
+        weights_of(weights, [0])
+    weights_of(weights, [0])
 
 
 @pytest.mark.parametrize(
@@ -84,6 +165,7 @@ def test_adamw_is_torchs_on_the_dense_table():
         ("LeakyReLU", [-1.0, 2.0], [-0.01, 2.0], [0.01, 1.0]),
         ("ReLU", [-1.0, 2.0], [0.0, 2.0], [0.0, 1.0]),
         ("No", [-1.0, 2.0], [-1.0, 2.0], [1.0, 1.0]),
+        ("sigmoid", [0.0, 0.0], [0.5, 0.5], [0.25, 0.25]),
         ("Clip", [-1.5, 2.0], [-1.0, 2.0], [0.0, 1.0]),
         ("Project", [-1.0, 3.0], [-1.0, 3.0], [1.0, 1.0]),
     ],
@@ -91,9 +173,9 @@ def test_adamw_is_torchs_on_the_dense_table():
 def test_activations_and_their_slopes(name, raw, weight, slope):
     weights = table(activation_function=name)
     ids = torch.tensor([0, 4])
-    weights.raw_weights[weights.rows(ids)] = torch.tensor(raw)
-    torch.testing.assert_close(weights.weights(ids), torch.tensor(weight))
-    weights.add_hypergradient(ids, torch.tensor([5.0, 7.0]))
+    weights.raw_weights[weights.partition.rows(ids)] = torch.tensor(raw)
+    torch.testing.assert_close(weights_of(weights, ids), torch.tensor(weight))
+    add(weights, ids, torch.tensor([5.0, 7.0]))
     expected = torch.tensor(slope) * torch.tensor([5.0, 7.0])
     torch.testing.assert_close(weights.hypergradient().values(), expected)
 
@@ -108,13 +190,13 @@ def test_projection_keeps_weights_within_the_bounds_and_alive(row_update):
         row_update=row_update,
     )
     ids = torch.tensor([0, 4])
-    weights.add_hypergradient(ids, torch.tensor([1.0, -1.0]))
+    add(weights, ids, torch.tensor([1.0, -1.0]))
     weights.step()
-    assert weights.weights(ids).tolist() == [0.0, 3.0]
+    assert weights_of(weights, ids).tolist() == [0.0, 3.0]
     for _ in range(3):
-        weights.add_hypergradient(ids, torch.tensor([-1.0, 1.0]))
+        add(weights, ids, torch.tensor([-1.0, 1.0]))
         weights.step()
-    low, high = weights.weights(ids).tolist()
+    low, high = weights_of(weights, ids).tolist()
     assert low > 0.0 and high < 3.0
 
 
@@ -123,10 +205,10 @@ def test_projection_keeps_weights_within_the_bounds_and_alive(row_update):
 def test_every_combination_moves_against_the_hypergradient(activation, row_update):
     weights = table(activation_function=activation, row_update=row_update, meta_weight_decay=0.0)
     ids = torch.tensor([2, 3])
-    weights.add_hypergradient(ids, torch.tensor([1.0, -1.0]))
+    add(weights, ids, torch.tensor([1.0, -1.0]))
     weights.step()
-    lower, higher = weights.weights(ids).tolist()
-    assert lower < 1 < higher
+    lower, higher = weights_of(weights, ids).tolist()
+    assert lower < weights_of(weights, [5]) < higher
 
 
 def test_statistics_are_those_of_all_weights():

@@ -1,0 +1,173 @@
+"""What the trainer asks of a reweighter, and what reweighters share."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dreamprm_dist import distributed
+from dreamprm_dist.config import UpperConfig
+from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.losses import Observation
+from dreamprm_dist.prm.model import StepOutput
+from dreamprm_dist.reweighters.partition import RowPartition
+from dreamprm_dist.schedules import build_schedule
+
+HISTOGRAM_BINS = 2048
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class Surroundings(NamedTuple):
+    """What a reweighter is built into.
+
+    Attributes:
+        rows_per_shard: training instances of each shard.
+        read_datasets: the `dataset` of each row of a shard.
+        num_steps: upper steps of the run.
+        device: where weights are held.
+        hidden_size: of the PRM.
+        label_ids: token ids of `+` and `-`.
+        seed: of the run.
+    """
+
+    rows_per_shard: list[int]
+    read_datasets: Callable[[int], list[str | None]]
+    num_steps: int
+    device: torch.device
+    hidden_size: int
+    label_ids: dict[str, int]
+    seed: int
+
+
+class Reweighter(ABC):
+    """Weights of instances and their upper step.
+
+    Attributes:
+        reads_prm: weights are computed from what the PRM says of an instance.
+        learns: there is something for the upper level to learn.
+        differentiate_weights: the PRM's parameters are differentiated through the weights too.
+    """
+
+    reads_prm = False
+    learns = True
+    differentiate_weights = False
+
+    def __init__(self, config: UpperConfig, surroundings: Surroundings):
+        self.config = config
+        self.partition = RowPartition(surroundings.rows_per_shard, surroundings.device)
+        self.device = surroundings.device
+        self._num_steps = surroundings.num_steps
+        self._warned = False
+
+    def features(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
+        """What the weights of a batch are computed from, see `Observation`."""
+        return losses.new_zeros(0, 0)
+
+    @abstractmethod
+    def raw_weights_of(self, batch: Batch, features: Tensor) -> Tensor:
+        """Raw weights (B,) of a batch, before the activation."""
+
+    @abstractmethod
+    def activate(self, raw: Tensor) -> Tensor:
+        """Raw weights to weights."""
+
+    def weights(self, batch: Batch, features: Tensor) -> Tensor:
+        """Weights (B,) that the lower level multiplies the instance losses by."""
+        weights = self.activate(self.raw_weights_of(batch, features))
+        if not self._warned and bool((weights < 0).any()):
+            self._warned = True
+            warnings.warn(
+                "a weight is negative: the lower level now climbs on its instance; use "
+                "activation_function Project or Clip with weight_min 0 to prevent it",
+                stacklevel=2,
+            )
+        return weights if self.differentiate_weights else weights.detach()
+
+    @abstractmethod
+    def add_hypergradient(
+        self, batch: Batch, values: Observation, derivatives: Observation, size: int
+    ) -> None:
+        """Add a micro-batch's part of the hypergradient to what the next step applies.
+
+        -(1/G) d/d alpha of sum_i d(w_i l_i) along v.
+
+        Args:
+            values, derivatives: from the estimator.
+            size: the global batch size G.
+        """
+
+    @abstractmethod
+    def step(self) -> Tensor:
+        """Apply the hypergradient, then forget it.
+
+        Returns:
+            its squared norm before clipping, this rank's share of it: the sum over the ranks is
+            the global one. A scalar.
+        """
+
+    def local_raw_weights(self) -> Tensor:
+        """Raw weights of this rank's rows, in the partition's order; not where `reads_prm`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def gather(self, raw: Tensor) -> tuple[Tensor, Tensor] | None:
+        """From the raw weights of this rank's rows (local rows,), raw weights and weights of all.
+
+        Returns:
+            Both in the order of sample IDs, on rank 0 only.
+        """
+        gathered = self.partition.gather(raw), self.partition.gather(self.activate(raw))
+        return None if gathered[0] is None else gathered
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next upper step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    @abstractmethod
+    def statistics(self) -> dict[str, float]:
+        """Mean, extremes and quantiles of the weights; the same on every rank."""
+
+    def _schedule_for(self, optimizer: Optimizer):
+        config = self.config
+        return build_schedule(
+            config.meta_scheduler_type,
+            optimizer,
+            self._num_steps,
+            config.meta_scheduler_step_size,
+            config.meta_scheduler_gamma,
+        )
+
+    def _clipping_factor(self, squared_norm: Tensor) -> Tensor:
+        """What a hypergradient of this global squared norm is multiplied by."""
+        if not self.config.meta_gradient_clipping:
+            return torch.ones_like(squared_norm)
+        return (self.config.meta_gradient_clipping / squared_norm.sqrt()).clamp(max=1)
+
+
+def weight_statistics(weights: Tensor) -> dict[str, float]:
+    """Mean, extremes and quantiles of every rank's weights (n,), n >= 1.
+
+    Quantiles come from a histogram summed over the ranks and are exact to 1/2048 of the range.
+    """
+    extremes = torch.stack([-weights.min(), weights.max()])
+    low, high = distributed.all_reduce_max(extremes).tolist()
+    low = -low
+    # histc takes equal bounds for "find them yourself", which would differ between ranks.
+    bounds = (low, high) if high > low else (low, low + 1)
+    counts = torch.histc(weights, HISTOGRAM_BINS, *bounds)
+    packed = torch.cat([counts.double(), weights.double().sum()[None]])
+    packed = distributed.all_reduce_sum(packed)
+    total = float(packed[:-1].sum())
+    result = {"mean": float(packed[-1]) / total, "min": low, "max": high}
+    cumulative = packed[:-1].cumsum(0)
+    for q in QUANTILES:
+        edge = int((cumulative < q * total).sum()) + 1
+        result[f"q{round(q * 100):02d}"] = low + (high - low) * edge / HISTOGRAM_BINS
+    return result

@@ -1,0 +1,37 @@
+"""Every weight is 1: the unweighted run with the meta loss measured beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.losses import Observation
+from dreamprm_dist.reweighters.base import Reweighter
+
+
+class Uniform(Reweighter):
+    """Nothing is learned."""
+
+    learns = False
+    lr = 0.0
+
+    def raw_weights_of(self, batch: Batch, features: Tensor) -> Tensor:
+        return torch.ones(len(batch), device=self.device)
+
+    def activate(self, raw: Tensor) -> Tensor:
+        return raw
+
+    def add_hypergradient(
+        self, batch: Batch, values: Observation, derivatives: Observation, size: int
+    ) -> None:
+        pass
+
+    def step(self) -> Tensor:
+        return torch.zeros((), device=self.device)
+
+    def statistics(self) -> dict[str, float]:
+        return {}
+
+    def local_raw_weights(self) -> Tensor:
+        return torch.ones(self.partition.num_rows, device=self.device)
