@@ -13,7 +13,7 @@ LEVELS = [
     {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
-    {"api", "evaluation"},
+    {"api", "evaluation", "report"},
 ]
 OWNERS = {
     "deepspeed": {"dreamprm_dist/engine.py"},
