@@ -18,6 +18,8 @@ from typing import Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from dreamprm_dist.trackers import check_trackers
+
 Section = TypeVar("Section")
 
 
@@ -142,6 +144,10 @@ class RunConfig:
     seed: int = flag(1, "Seed of data order and initialisation.")
     local_rank: int = flag(-1, "Set by launchers; the environment counts.")
     log_every: int = flag(1, "Iterations between two lines of metrics.jsonl.")
+    trackers: str | None = flag(
+        None,
+        "Experiment trackers by accelerate's names, separated by commas: tensorboard, wandb, …",
+    )
 
 
 @dataclass
@@ -157,6 +163,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.retrain and self.run.baseline:
             raise ValueError("retrain and baseline are the same loop; choose one of the two")
+        check_trackers(self.run.trackers)
         if self.upper.rollback:
             raise ValueError("rollback is not available yet; leave it out")
         if self.upper.activation_function in ("Clip", "Project") and not (

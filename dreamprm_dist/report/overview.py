@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -57,6 +58,8 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
                 "run folder of launch/train.py"
             )
     runs = [Run.read(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):  # as runs of several seeds have
+        runs = [replace(run, name=str(f)) for run, f in zip(runs, folders, strict=True)]
     found = [folder / "evaluation" / "results.json" for folder in folders]
     results = results or next(filter(Path.is_file, found), None)
     evaluation = read_json(results) if results else None

@@ -29,7 +29,7 @@ class Run:
         rows = {r["iteration"]: r for r in (json.loads(x) for x in lines if x.endswith("}"))}
         config, weights = folder / "config.yaml", folder / "export" / "instance_weights.parquet"
         return cls(
-            folder.name,
+            folder.resolve().name,
             pd.DataFrame(rows.values()),
             (yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None) or {},
             pd.read_parquet(weights).sort_values("sample_id")["weight"].to_numpy()

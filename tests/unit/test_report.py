@@ -227,6 +227,14 @@ def test_several_seeds(folder: Path):
     assert "more, over 3 seeds." in page
 
 
+def test_runs_of_one_name_are_told_apart(folder: Path):
+    other = folder.with_name("second") / "baseline"
+    shutil.copytree(folder / "baseline", other)
+    page = write_run_report([folder / "baseline", other], folder / "two.html", None).read_text()
+    names = [row[0] for row in Outline(page).rows if row[1:2] == ["100"]]
+    assert len(names) == 2 and len({*names}) == 2
+
+
 def test_hostile_text_stays_text(folder: Path):
     write_summary(
         folder,
