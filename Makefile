@@ -15,7 +15,7 @@ MODEL ?= runs/instance_table/export
 TEST ?= data/test.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test test-gpu lint format shard-data train evaluate bench
+.PHONY: help setup demo demo-seeds test test-gpu test-web lint format shard-data train evaluate bench
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -35,10 +35,14 @@ demo-seeds: $(STAMP) ## the demo with three seeds and its controls, in runs/demo
 	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3
 
 test: $(STAMP) ## all tests but those that need a GPU
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m "not gpu and not web"
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu
+
+test-web: $(STAMP) ## the tests in a browser; needs chromium and npm
+	npm install --silent --prefix tests/web
+	$(PYTHON) -m pytest -m web
 
 lint: $(STAMP) ## check format and style
 	$(PYTHON) -m ruff format --check .

@@ -10,6 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dreamprm_dist*", "data_tools*"]),
+    package_data={"dreamprm_dist.report": ["page.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

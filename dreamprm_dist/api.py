@@ -88,6 +88,8 @@ class PRM:
             ValueError: no step, an image that cannot be read, a text that is too long for the
                 model, or one that holds a reserved token of the chat format.
         """
+        if isinstance(steps, str):
+            raise ValueError("steps is one text; give a list with the text of each step")
         return self._score(images, question, [steps])[0]
 
     def best_of_n(
@@ -113,6 +115,8 @@ class PRM:
             raise ValueError(
                 f"unknown aggregation {aggregation!r}; choose from {', '.join(AGGREGATIONS)}"
             )
+        if isinstance(candidates, str):
+            raise ValueError("candidates is one text; give a list of candidates")
         if not candidates:
             raise ValueError("there is no candidate; give at least one")
         steps = [split_steps(c) if isinstance(c, str) else list(c) for c in candidates]
@@ -120,7 +124,12 @@ class PRM:
         scores = aggregate_candidates(step_scores, [aggregation])[aggregation]
         return BestOfN(select(scores), scores, steps, step_scores)
 
-    def _score(self, images, question: str, solutions: Sequence[Sequence[str]]):
+    def _score(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        question: str,
+        solutions: Sequence[Sequence[str]],
+    ) -> list[list[float]]:
         if images is None or isinstance(images, ImageLike):
             images = [] if images is None else [images]
         return score_solutions(
@@ -136,7 +145,10 @@ class PRM:
 def _encoded(image: ImageLike) -> bytes:
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG")
+        try:
+            image.convert("RGB").save(buffer, "PNG")
+        except OSError as error:  # Pillow reads a file's pixels only now
+            raise ValueError(f"the image cannot be read ({error}); open it again") from error
         return buffer.getvalue()
     if isinstance(image, bytes):
         check_image(image)

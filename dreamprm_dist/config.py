@@ -19,6 +19,8 @@ from typing import Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from dreamprm_dist.trackers import check_trackers
+
 Section = TypeVar("Section")
 
 
@@ -176,6 +178,10 @@ class RunConfig:
     seed: int = flag(1, "Seed of data order and initialisation.")
     local_rank: int = flag(-1, "Set by launchers; the environment counts.")
     log_every: int = flag(1, "Iterations between two lines of metrics.jsonl.")
+    trackers: str | None = flag(
+        None,
+        "Experiment trackers by accelerate's names, separated by commas: tensorboard, wandb, …",
+    )
 
 
 @dataclass
@@ -206,6 +212,7 @@ class TrainConfig:
             raise ValueError(
                 "Project is for the table's rows; use Clip or sigmoid with instance_net"
             )
+        check_trackers(self.run.trackers)
         if self.upper.activation_function in ("Clip", "Project") and not (
             self.upper.weight_min <= self.upper.initialization <= self.upper.weight_max
         ):

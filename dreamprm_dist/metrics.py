@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dreamprm_dist.trackers import Trackers
+
 FIELDS = {
     "iteration": "outer iterations done",
     "epoch": "passes over the training data, a fraction",
@@ -32,18 +34,25 @@ FIELDS = {
 
 
 class MetricsWriter:
-    """Appends one JSON object a line; does nothing on other ranks than 0."""
+    """Appends one JSON object a line and tells the trackers.
 
-    def __init__(self, path: Path, enabled: bool):
-        self._file = path.open("a", encoding="utf-8", buffering=1) if enabled else None
+    Args:
+        trackers: the run's, on rank 0; None on other ranks, where nothing is written.
+    """
+
+    def __init__(self, path: Path, trackers: Trackers | None):
+        self._trackers = trackers
+        self._file = path.open("a", encoding="utf-8", buffering=1) if trackers else None
 
     def write(self, values: dict[str, float]) -> None:
         if self._file:
             self._file.write(json.dumps(values) + "\n")
+            self._trackers.log(values, int(values["iteration"]))
 
     def close(self) -> None:
         if self._file:
             self._file.close()
+            self._trackers.close()
 
 
 class Phases:

@@ -23,9 +23,9 @@ def model_card(
     lines += [f"base_model: {base}"] if base else []
     lines += ["---", "", "# Process reward model", ""]
     lines += [
-        f"Trained by dreamprm_dist with {_method(settings)}. It reads an image, a question and a "
-        "solution step by step; a step's score is the probability of `+` after it, at the last "
-        "token of `<|im_start|>assistant\\n`.",
+        f"{_origin(settings)} It reads an image, a question and a solution step by step; a step's "
+        "score is the probability of `+` after it, at the last token of "
+        "`<|im_start|>assistant\\n`.",
         "",
     ]
     data = {name: settings[name] for name in DATA_FLAGS if name in settings}
@@ -38,13 +38,15 @@ def model_card(
     return "\n".join(lines)
 
 
-def _method(settings: Mapping[str, object]) -> str:
+def _origin(settings: Mapping[str, object]) -> str:
     if not settings:
-        return "settings that its folder does not hold"
+        return "Exported by dreamprm_dist from a folder that does not say how it was trained."
     if settings.get("retrain") or settings.get("baseline"):
-        return "plain fine-tuning"
-    weights = settings.get("reweighter")
-    return f"bi-level optimisation, a learned weight an instance ({weights})"
+        return "Trained by dreamprm_dist with plain fine-tuning."
+    return (
+        "Trained by dreamprm_dist with bi-level optimisation, a learned weight an instance "
+        f"({settings.get('reweighter')})."
+    )
 
 
 def _row(results: Mapping | None) -> dict[str, object]:

@@ -79,7 +79,8 @@ def read_meta_questions(path: str) -> list[Question]:
     Records belong to one question when their id, images and first turns agree.
 
     Raises:
-        ValueError: a record that cannot be taken; the line is named.
+        ValueError: a record that cannot be taken; the line is named. No question has more than one
+            solution, so that there is nothing to choose.
     """
     groups: dict[tuple, list[tuple[int, MetaRecord]]] = {}
     for line, raw in read_json_records(path):
@@ -95,6 +96,11 @@ def read_meta_questions(path: str) -> list[Question]:
         )
     if not groups:
         raise ValueError(f"{path} holds no record; give meta records, several solutions a question")
+    if max(map(len, groups.values())) == 1:
+        raise ValueError(
+            f"{path} holds one solution a question, and every aggregation picks that one; give "
+            "several solutions of a question the same id, images and first turn"
+        )
     return [
         Question(
             members[0][0],

@@ -37,6 +37,7 @@ from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import StepOutput, load_prm, load_tokenizer
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Surroundings
+from dreamprm_dist.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
@@ -146,7 +147,9 @@ class BilevelTrainer:
         if is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_folder / "config.yaml")
-        writer = MetricsWriter(self.run_folder / METRICS, is_main)
+        settings = self.config.as_dict()
+        trackers = Trackers(run.trackers, self.run_folder, settings) if is_main else None
+        writer = MetricsWriter(self.run_folder / METRICS, trackers)
         unroll_steps = self.config.upper.unroll_steps
         lower_stream = self._stream(self.train_batches, run.iteration_num * unroll_steps)
         meta_stream = (

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     # Without cpu=True a process on a machine without GPU takes itself for the only one.
     use_cpu = config.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=use_cpu, timeout=TIMEOUT)
-    parts = ScoreParts(out, _settings(config, models))
+    parts = ScoreParts(out, _settings(config, models, state.device.type))
     state.wait_for_everyone()
     if state.is_main_process:
         parts.gather()
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         left = [key for key in keys if key not in done]
         if left:
             mine = left[state.process_index :: state.num_processes]
-            _score_all(config, model, mine, questions, parts, state)
+            _score_all(config, label, model, mine, questions, parts, state)
     parts.close()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -128,7 +128,7 @@ def labelled(specifications: list[str]) -> dict[str, str]:
     return models
 
 
-def _settings(config: EvaluateConfig, models: dict[str, str]) -> dict:
+def _settings(config: EvaluateConfig, models: dict[str, str], device: str) -> dict:
     """All that scores depend on; of local files also what shows that they were changed."""
 
     def state(path: Path) -> list:
@@ -147,11 +147,13 @@ def _settings(config: EvaluateConfig, models: dict[str, str]) -> dict:
         "image_root": config.image_root,
         "max_patch_num": config.max_patch_num,
         "precision": config.precision,
+        "device": device,
     }
 
 
 def _score_all(
     config: EvaluateConfig,
+    label: str,
     model: str,
     keys: list[Key],
     questions: dict[str, dict[int, Question]],
@@ -160,7 +162,7 @@ def _score_all(
 ) -> None:
     prm, tokenizer = load_prm(model, config.precision, state.device), load_tokenizer(model)
     files = {"test": config.test_json_file, "meta": config.meta_json_file}
-    for key in tqdm(keys, desc=key_label(keys), disable=not state.is_main_process):
+    for key in tqdm(keys, desc=label, disable=not state.is_main_process):
         question, file = questions[key.set][key.question], files[key.set]
         root = Path(config.image_root or Path(file).parent)
         try:
@@ -173,10 +175,6 @@ def _score_all(
             parts.write(key, {"error": str(error)})
         except ValueError as error:
             raise ValueError(f"{model}: {file}, record {question.line}: {error}") from error
-
-
-def key_label(keys: list[Key]) -> str:
-    return keys[0].prm if keys else "nothing left"
 
 
 def _finish(
@@ -211,9 +209,10 @@ def _finish(
     aggregations, on_meta = dict.fromkeys(models, config.aggregation_function), {}
     if config.meta_json_file:
         for label in models:
-            errors = [scored[Key(label, "meta", i)].get("error") for i in questions["meta"]]
-            if reason := next(filter(None, errors), None):
-                raise ValueError(f"{config.meta_json_file}: {reason}")
+            for index, question in questions["meta"].items():
+                if reason := scored[Key(label, "meta", index)].get("error"):
+                    where = f"{config.meta_json_file}, record {question.line}"
+                    raise ValueError(f"{where}: {label} cannot score its question: {reason}")
             meta = _candidates(questions["meta"], scored, label, "meta")
             on_meta[label] = judge(meta)["accuracy"]["prm"]
             aggregations[label] = max(on_meta[label], key=on_meta[label].__getitem__)

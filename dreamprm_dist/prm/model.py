@@ -144,6 +144,8 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
         ValueError: it is no InternVL checkpoint, or tensors are missing, left over or misshapen.
     """
     config_dict = _read_config(name_or_path)
+    original = config_dict["model_type"] == layout.MODEL_TYPE
+    tokenizer = load_tokenizer(name_or_path) if original else None
     device = device or torch.device("cpu")
     options = {
         "dtype": PRECISIONS[precision],
@@ -152,8 +154,8 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
         "ignore_mismatched_sizes": True,  # `_check_tensors` refuses them, with their names
     }
     try:
-        if config_dict["model_type"] == layout.MODEL_TYPE:
-            image_token_id = load_tokenizer(name_or_path).convert_tokens_to_ids(IMAGE_CONTEXT)
+        if original:
+            image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
             config = layout.from_original_config(config_dict, image_token_id)
             state = layout.read_original_state(name_or_path)
             state = layout.from_original_state(state, config.tie_word_embeddings)

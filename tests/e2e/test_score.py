@@ -1,5 +1,6 @@
 """The Python API, the README's example of it, and `launch/score.py` as a user starts it."""
 
+import io
 import json
 import os
 import re
@@ -74,6 +75,7 @@ def test_best_of_n(prm: PRM, image: Path) -> None:
         ((b"no image", "What?", ["A"]), "not an image"),
         (("none.png", "What?", ["A"]), "none.png"),
         ((None, "What?", []), "no candidate"),
+        ((None, "What?", "A\n\nB"), "candidates is one text"),
         ((None, "What?", ["A", ""]), "candidate 1: .* no step"),
         ((None, "What? <|im_end|>", ["A"]), "reserved token"),
         ((None, "What?", ["A"], "avg"), "choose from mean, min"),
@@ -82,6 +84,17 @@ def test_best_of_n(prm: PRM, image: Path) -> None:
 def test_bad_arguments(prm: PRM, arguments: tuple, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         prm.best_of_n(*arguments)
+
+
+def test_steps_that_are_one_text(prm: PRM) -> None:
+    with pytest.raises(ValueError, match="steps is one text"):
+        prm.score(None, "What?", "The digit is 3.")
+
+
+def test_an_open_image_that_is_truncated(prm: PRM, image: Path) -> None:
+    half = Image.open(io.BytesIO(image.read_bytes()[:-40]))
+    with pytest.raises(ValueError, match="the image cannot be read"):
+        prm.score(half, "What?", ["A"])
 
 
 def score(*flags: object) -> subprocess.CompletedProcess:

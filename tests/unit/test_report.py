@@ -1,6 +1,5 @@
 """The report: a page that loads nothing, says what a folder holds and survives what it lacks."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +13,14 @@ import pandas as pd
 import pytest
 import yaml
 
+from dreamprm_dist.best_of_n import CandidateScores
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.evaluation import compare
+from dreamprm_dist.report.demo import write_demo_report
+from dreamprm_dist.report.overview import write_run_report
+from dreamprm_dist.report.runs import MOST_POINTS, Run
+from dreamprm_dist.report.weights import effective_sample_size
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "report.py"
 HOSTILE = 'x$1<script>alert("&")</script>'
 ACCURACY = {
@@ -26,18 +33,7 @@ ACCURACY = {
     "instance_table": 0.588,
     "oracle": 0.663,
 }
-VOID = {"meta", "path", "use", "rect"}
-
-
-@pytest.fixture(scope="module")
-def report():
-    """`launch/report.py`, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["report"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["report"]
+VOID = {"meta", "path", "use", "rect", "img"}
 
 
 @pytest.fixture
@@ -119,8 +115,8 @@ class Outline(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_page_is_whole_and_loads_nothing(report, folder: Path):
-    path = report.write_report(folder)
+def test_page_is_whole_and_loads_nothing(folder: Path):
+    path = write_demo_report(folder)
     assert path == folder / "report.html"
     page = path.read_text()
     outline = Outline(page)
@@ -143,8 +139,8 @@ def test_page_is_whole_and_loads_nothing(report, folder: Path):
     assert "<h2>Seeds</h2>" not in page
 
 
-def test_tables_say_what_the_summary_says(report, folder: Path):
-    rows = Outline(report.write_report(folder).read_text()).rows
+def test_tables_say_what_the_summary_says(folder: Path):
+    rows = Outline(write_demo_report(folder).read_text()).rows
     for row in (
         ["First candidate", "25.0%", "+0.0"],
         ["Random candidate", "26.2%", "+1.2"],
@@ -163,8 +159,8 @@ def test_tables_say_what_the_summary_says(report, folder: Path):
         assert row in rows
 
 
-def test_verdict_without_and_with_an_interval(report, folder: Path):
-    page = report.write_report(folder).read_text()
+def test_verdict_without_and_with_an_interval(folder: Path):
+    page = write_demo_report(folder).read_text()
     assert "for 58.8% of the questions, without them for 50.0%: 8.8 percentage points more." in page
     assert "in 84% of all pairs (noise AUC 0.84; 0.50 is chance)" in page
     summary = json.loads((folder / "summary.json").read_text())
@@ -172,49 +168,49 @@ def test_verdict_without_and_with_an_interval(report, folder: Path):
     for low, includes_zero in ((0.012, False), (-0.012, True)):
         differences = {name: {"mean": 0.088, "low": low, "high": 0.15}}
         write_summary(folder, **summary, differences=differences)
-        page = report.write_report(folder).read_text()
+        page = write_demo_report(folder).read_text()
         sign = "−" if includes_zero else "+"
         assert f"8.8 percentage points more (95% interval {sign}1.2 to +15.0)." in page
         assert ("The interval includes zero" in page) == includes_zero
         assert ["Instance table − Baseline", "+8.8", f"{sign}1.2", "+15.0"] in Outline(page).rows
 
 
-def test_verdict_says_when_the_table_is_worse(report, folder: Path):
+def test_verdict_says_when_the_table_is_worse(folder: Path):
     write_summary(folder, accuracy={"instance_table": 0.4, "baseline": 0.5})
-    assert "10.0 percentage points fewer." in report.write_report(folder).read_text()
+    assert "10.0 percentage points fewer." in write_demo_report(folder).read_text()
 
 
-def test_histogram_matches_weights_to_instances_by_sample_id(report, folder: Path):
-    page = report.write_report(folder).read_text()
+def test_histogram_matches_weights_to_instances_by_sample_id(folder: Path):
+    page = write_demo_report(folder).read_text()
     assert "Weights, instance table. Medians: clean 1.55, flipped 0.30." in page
 
 
-def test_seconds_are_means_of_an_iteration(report, folder: Path):
-    run = report.Run.read(folder / "instance_table")
+def test_seconds_are_means_of_an_iteration(folder: Path):
+    run = Run.read(folder / "instance_table")
     assert run.seconds("lower") == pytest.approx(0.2)
     assert run.seconds("upper") == 0.0
-    assert ">0.50</text>" in report.write_report(folder).read_text()
+    assert ">0.50</text>" in write_demo_report(folder).read_text()
 
 
-def test_metrics_of_killed_and_resumed_runs(report, folder: Path):
+def test_metrics_of_killed_and_resumed_runs(folder: Path):
     path = folder / "baseline" / "metrics.jsonl"
     again = json.dumps({"iteration": 100, "lower_loss": 7.0, "seconds_lower": 2.0})
     path.write_text(path.read_text() + again + '\n{"iteration": 110, "lower_l')
-    metrics = report.Run.read(folder / "baseline").metrics
+    metrics = Run.read(folder / "baseline").metrics
     assert metrics["iteration"].tolist() == [*range(10, 110, 10)]
     assert metrics["lower_loss"].iloc[-1] == 7.0
 
 
-def test_long_curves_are_thinned(report, folder: Path):
+def test_long_curves_are_thinned(folder: Path):
     rows = [json.dumps({"iteration": i, "lower_loss": float(i)}) + "\n" for i in range(1, 2001)]
     (folder / "baseline" / "metrics.jsonl").write_text("".join(rows))
-    curve = report.Run.read(folder / "baseline").curve("lower_loss")
-    assert len(curve) == report.MOST_POINTS == 400
+    curve = Run.read(folder / "baseline").curve("lower_loss")
+    assert len(curve) == MOST_POINTS == 400
     assert curve["lower_loss"].iloc[0] == 3.0  # of 1 to 5
-    report.write_report(folder)
+    write_demo_report(folder)
 
 
-def test_several_seeds(report, folder: Path):
+def test_several_seeds(folder: Path):
     seeds = [
         {"seed": seed, "accuracy": ACCURACY, "noise_auc": {"instance_table": 0.8 + seed / 100}}
         for seed in (1, 2, 3)
@@ -223,7 +219,7 @@ def test_several_seeds(report, folder: Path):
     interval = {"mean": 0.09, "low": 0.04, "high": 0.14}
     pooled = {"baseline_minus_first": interval}
     write_summary(folder, seeds=seeds, accuracy=ACCURACY, differences={}, pooled=pooled)
-    page = report.write_report(folder).read_text()
+    page = write_demo_report(folder).read_text()
     rows = Outline(page).rows
     shares = ["25.0%", "26.2%", "31.3%", "40.0%", "50.0%", "52.6%", "58.8%", "66.3%"]
     assert ["3", *shares, "0.83"] in rows
@@ -231,7 +227,15 @@ def test_several_seeds(report, folder: Path):
     assert "more, over 3 seeds." in page
 
 
-def test_hostile_text_stays_text(report, folder: Path):
+def test_runs_of_one_name_are_told_apart(folder: Path):
+    other = folder.with_name("second") / "baseline"
+    shutil.copytree(folder / "baseline", other)
+    page = write_run_report([folder / "baseline", other], folder / "two.html", None).read_text()
+    names = [row[0] for row in Outline(page).rows if row[1:2] == ["100"]]
+    assert len(names) == 2 and len({*names}) == 2
+
+
+def test_hostile_text_stays_text(folder: Path):
     write_summary(
         folder,
         accuracy=ACCURACY | {HOSTILE: 0.5},
@@ -242,15 +246,15 @@ def test_hostile_text_stays_text(report, folder: Path):
     folder = folder.rename(folder.with_name(HOSTILE.replace("/", "∕")))
     run = (folder / "instance_table").rename(folder / HOSTILE.replace("/", "∕"))
     (run / "config.yaml").write_text(yaml.safe_dump({HOSTILE: HOSTILE}))
-    page = report.write_report(folder).read_text()
+    page = write_demo_report(folder).read_text()
     assert "<script" not in page and '"&"' not in page
     assert page.count("&lt;script&gt;") > 10
     assert Outline(page).open == []
 
 
-def test_same_folder_same_bytes(report, folder: Path):
-    first = report.write_report(folder).read_bytes()
-    assert report.write_report(folder).read_bytes() == first
+def test_same_folder_same_bytes(folder: Path):
+    first = write_demo_report(folder).read_bytes()
+    assert write_demo_report(folder).read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -264,41 +268,117 @@ def test_same_folder_same_bytes(report, folder: Path):
         "instance_table/export",
     ],
 )
-def test_what_is_not_there_is_left_out(report, folder: Path, part: str):
+def test_what_is_not_there_is_left_out(folder: Path, part: str):
     path = folder / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    page = report.write_report(folder).read_text()
+    page = write_demo_report(folder).read_text()
     assert Outline(page).open == []
     missing = part in ("data", "instance_table", "instance_table/export")
     assert ("Medians: clean" in page) != missing
 
 
-def test_a_summary_alone_is_enough(report, tmp_path: Path):
+def test_a_summary_alone_is_enough(tmp_path: Path):
     write_summary(tmp_path)
-    page = report.write_report(tmp_path).read_text()
+    page = write_demo_report(tmp_path).read_text()
     assert "This folder holds no accuracies to compare." in page and "<h2>" not in page
 
 
-def test_diverged_runs_and_rejected_records(report, folder: Path):
+def test_diverged_runs_and_rejected_records(folder: Path):
     write_json(folder / "data" / "truth.json", [{"flipped": False}] * 59)
     write_summary(folder, accuracy={"instance_table": float("nan"), "baseline": 0.5})
-    page = report.write_report(folder).read_text()
+    page = write_demo_report(folder).read_text()
     assert ["Instance table", "–", "–"] in Outline(page).rows
     assert "Medians" not in page  # 59 truths cannot be matched to 60 weights
     write_json(folder / "data" / "truth.json", [{"flipped": i < 30} for i in range(60)])
     table = pd.DataFrame({"sample_id": range(60), "weight": [np.nan] * 60})
     table.to_parquet(folder / "instance_table" / "export" / "instance_weights.parquet")
-    assert "Medians: clean nan, flipped nan." in report.write_report(folder).read_text()
+    assert "Medians: clean nan, flipped nan." in write_demo_report(folder).read_text()
 
 
 def test_command(folder: Path, tmp_path: Path):
     done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"report: {folder / 'report.html'}\n")
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == (
-        f"error: {tmp_path} has no summary.json; name a folder that launch/demo.py made\n"
-    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path} holds neither a run (metrics.jsonl) nor")
     (tmp_path / "summary.json").write_text("{")
     done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "summary.json is not JSON" in done.stderr
+    assert done.returncode == 2 and "summary.json is not JSON" in done.stderr
+
+
+# --- training runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A baseline and an instance table of the tiny data set, and an evaluation of both."""
+    root = tmp_path_factory.mktemp("runs")
+    weights = np.linspace(0, 2, 64)
+    write_run(root / "baseline")
+    write_run(root / "my_table", weights)
+    config = {"train_json_file": str(tiny_shards / "train"), "lr": 3e-4}
+    (root / "my_table" / "config.yaml").write_text(yaml.safe_dump(config))
+    generator = np.random.default_rng(0)
+    prms = {
+        label: [
+            CandidateScores(q, str(q), c, "art" if q % 2 else HOSTILE, [float(s)], "A", c == q % 3)
+            for q in range(20)
+            for c, s in enumerate(generator.random(3))
+        ]
+        for label in ("baseline", "my_table")
+    }
+    results = compare(prms, {"baseline": "mean", "my_table": "mean"})
+    results |= {"aggregation": {"by_prm": {"baseline": "mean", "my_table": "mean"}}}
+    results |= {"num_questions": 20, "accuracy": results["judged"]["baseline"]["accuracy"]}
+    (root / "results.json").write_text(json.dumps(results))
+    return [root / "baseline", root / "my_table"]
+
+
+def test_page_of_runs(runs: list[Path], tiny_shards: Path, tmp_path: Path):
+    results = runs[0].parent / "results.json"
+    path = write_run_report(runs, tmp_path / "page.html", results)
+    page = path.read_text()
+    assert write_run_report(runs, tmp_path / "again.html", results).read_text() == page
+    outline = Outline(page)
+    assert outline.open == [] and len(outline.ids) == len(set(outline.ids))
+    assert "<script" not in page and "http" not in page
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert len(sources) == 8 and all(s.startswith("data:image/png;base64,") for s in sources)
+    # Intervals, accuracy against N, losses (3), weights (2), seconds.
+    assert page.count('role="img"') == 8
+    table = json.loads(results.read_text())["table"]
+    row = next(r for r in table if r["method"] == "my_table, min")
+    cells = next(cells for cells in outline.rows if cells[0] == "My table, min")
+    assert cells[1] == f"{row['accuracy']:.1%}"
+    expected = effective_sample_size(np.linspace(0, 2, 64))
+    assert ["My table", "100", "–", "0.050", "–", "–", "64", f"{expected:.0f}"] in outline.rows
+
+
+def test_the_ends_of_the_weights_are_shown(runs: list[Path], tiny_shards: Path, tmp_path: Path):
+    page = write_run_report(runs, tmp_path / "page.html", None).read_text()
+    shown = re.findall(r"<h3>(Most \w+): weight ([\d.]+), instance ([^<]+)</h3>", page)
+    shards = ShardFolder(tiny_shards / "train")
+    names = {i: shards.read(i % 4, i // 4)["source_id"] for i in range(64)}
+    raised, lowered = shown[:4], shown[4:]
+    assert [name for _, _, name in raised] == [names[i] for i in (63, 62, 61, 60)]
+    assert [name for _, _, name in lowered] == [names[i] for i in range(4)]
+    assert raised[0][:2] == ("Most raised", "2.00") and lowered[0][:2] == ("Most lowered", "0.00")
+    assert page.count("labelled right (+)") + page.count("labelled wrong (−)") == 8 * 3
+    assert "have no evaluation yet" in page
+
+
+def test_effective_sample_size():
+    assert effective_sample_size(np.array([2.0, 2.0, 2.0])) == pytest.approx(3)
+    assert effective_sample_size(np.array([1.0, 0.0, 0.0])) == pytest.approx(1)
+    assert effective_sample_size(np.zeros(3)) == 0
+
+
+def test_command_for_runs(runs: list[Path], tmp_path: Path):
+    out = tmp_path / "page.html"
+    command = [sys.executable, SCRIPT, *runs, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"report: {out}\n")
+    (tmp_path / "results.json").write_text("{}")
+    command += ["--results", tmp_path / "results.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "is no results.json" in done.stderr

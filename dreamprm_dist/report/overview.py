@@ -1,0 +1,145 @@
+"""The page about training runs: what they are worth, what the weights found, where time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+from dreamprm_dist.report.accuracy import (
+    figure_by_n,
+    figure_intervals,
+    table_accuracy,
+    table_between,
+    table_steps,
+    table_subjects,
+)
+from dreamprm_dist.report.html import html_table, whole_page, wrap
+from dreamprm_dist.report.runs import Run, read_json
+from dreamprm_dist.report.style import PLOT_STYLE, decimal, label_of, percent
+from dreamprm_dist.report.training import (
+    BANDS,
+    LOSSES,
+    PHASES,
+    details_settings,
+    figure_curve,
+    figure_loss,
+    figure_quantiles,
+    figure_seconds,
+)
+from dreamprm_dist.report.weights import (
+    effective_sample_size,
+    figure_distribution,
+    instances,
+    table_datasets,
+    training_shards,
+)
+
+
+@matplotlib.rc_context(PLOT_STYLE)
+def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -> Path:
+    """Write one page about training runs; returns its path.
+
+    Args:
+        folders: run folders.
+        out: the page to write.
+        results: `results.json` of an evaluation of the runs' PRMs; by default that of the first
+            run with one, `evaluation/results.json`.
+
+    Raises:
+        ValueError: a folder holds no run, or a file is not what it should be.
+    """
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file():
+            raise ValueError(
+                f"{folder} holds neither a run (metrics.jsonl) nor a demo (summary.json); name a "
+                "run folder of launch/train.py"
+            )
+    runs = [Run.read(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):  # as runs of several seeds have
+        runs = [replace(run, name=str(f)) for run, f in zip(runs, folders, strict=True)]
+    found = [folder / "evaluation" / "results.json" for folder in folders]
+    results = results or next(filter(Path.is_file, found), None)
+    evaluation = read_json(results) if results else None
+    if results and not (isinstance(evaluation, dict) and "table" in evaluation):
+        raise ValueError(f"{results} is no results.json of launch/evaluate.py")
+    weighted = [run for run in runs if run.weights is not None]
+    with_data = [(run, shards) for run in weighted if (shards := training_shards(run))]
+    sections = {
+        "Runs": [wrap("wide", _table_runs(runs))],
+        "Which solution is picked": _accuracy(evaluation) if evaluation else [],
+        "Losses and learning rates": [
+            *(figure_loss(runs, loss) for loss in LOSSES),
+            figure_curve(runs, "lr", "Learning rate"),
+            figure_curve(runs, "meta_lr", "Learning rate of the weights"),
+        ],
+        "Weights": [
+            figure_distribution(weighted),
+            *(figure_quantiles(run) for run in runs if {*BANDS} <= {*run.metrics}),
+            *(table_datasets(run, shards) for run, shards in with_data),
+        ],
+        **{
+            f"Instances at the ends, {label_of(run.name).lower()}": [instances(run, shards)]
+            for run, shards in with_data
+        },
+        "Where time goes": [
+            figure_seconds([run for run in runs if any(map(run.seconds, PHASES))]),
+            figure_curve(runs, "samples_per_second", "Instances a second"),
+        ],
+        "Settings": [wrap("wide", "".join(map(details_settings, runs)))],
+    }
+    name = " and ".join(folder.resolve().name for folder in folders)
+    page = whole_page(name, "Training runs", _verdict(evaluation), sections)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _accuracy(results: dict) -> list[str]:
+    return [
+        wrap("wide", table_accuracy(results)),
+        figure_intervals(results),
+        figure_by_n(results),
+        wrap("wide", table_between(results)),
+        wrap("wide", table_subjects(results)),
+        wrap("wide", table_steps(results)),
+    ]
+
+
+def _table_runs(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        last = run.metrics.iloc[-1] if len(run.metrics) else {}
+        speed = run.metrics.get("samples_per_second")
+        weights = run.weights
+        rows.append(
+            (
+                label_of(run.name),
+                decimal(last.get("iteration"), 0),
+                decimal(last.get("epoch"), 1),
+                decimal(last.get("lower_loss"), 3),
+                decimal(None if speed is None else float(speed.mean()), 1),
+                decimal(last.get("peak_memory_gib"), 1),
+                decimal(None if weights is None else len(weights), 0),
+                decimal(None if weights is None else effective_sample_size(weights), 0),
+            )
+        )
+    head = ("Run", "Iterations", "Epochs", "Lower loss", "Instances a second", "Memory, GiB")
+    head += ("Weighted instances", "Effective sample size")
+    return html_table("The runs at their end; (Σw)² / Σw² is the effective size", head, rows)
+
+
+def _verdict(results: dict | None) -> str:
+    if not results:
+        return "These runs have no evaluation yet; launch/evaluate.py makes one."
+    rows = {(row["prm"], row["aggregation"]): row for row in results["table"]}
+    shares = (
+        f"{label_of(label)} for {percent(rows[label, name]['accuracy'])}"
+        for label, name in results["aggregation"]["by_prm"].items()
+    )
+    return (
+        f"Of {results['num_questions']:,} questions the first candidate is right for "
+        f"{percent(results['accuracy']['first'])}; a right solution is picked by "
+        f"{', '.join(shares)}."
+    )

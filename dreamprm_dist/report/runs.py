@@ -1,0 +1,57 @@
+"""What a run folder holds, for a report."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+MOST_POINTS = 400  # of a curve; more would only make the page heavy
+
+
+@dataclass
+class Run:
+    """A run folder, as far as it is there: `metrics` may be empty, `weights` are by sample ID."""
+
+    name: str
+    metrics: pd.DataFrame
+    config: dict
+    weights: np.ndarray | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        path = folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # A killed run may leave half a line; a resumed one writes some iterations again.
+        rows = {r["iteration"]: r for r in (json.loads(x) for x in lines if x.endswith("}"))}
+        config, weights = folder / "config.yaml", folder / "export" / "instance_weights.parquet"
+        return cls(
+            folder.resolve().name,
+            pd.DataFrame(rows.values()),
+            (yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None) or {},
+            pd.read_parquet(weights).sort_values("sample_id")["weight"].to_numpy()
+            if weights.exists()
+            else None,
+        )
+
+    def curve(self, *columns: str) -> pd.DataFrame:
+        """`iteration` and `columns`; of a long run the means of neighbouring rows."""
+        rows = self.metrics[["iteration", *columns]].dropna()
+        return rows.groupby(np.arange(len(rows)) // math.ceil(len(rows) / MOST_POINTS)).mean()
+
+    def seconds(self, phase: str) -> float:
+        """Mean of an iteration; a row holds those of all iterations since the row before."""
+        column = f"seconds_{phase}"
+        measured = column in self.metrics
+        return self.metrics[column].sum() / self.metrics["iteration"].max() if measured else 0.0
+
+
+def read_json(path: Path) -> dict | list | None:
+    """What a JSON file holds, None where there is no such file; ValueError where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,129 @@
+"""The report in headless Chromium: no console errors, no axe-core violations, no sideways scroll.
+
+`make test-web` installs axe-core from npm beside this file.
+"""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from dreamprm_dist.best_of_n import CandidateScores
+from dreamprm_dist.evaluation import compare
+from dreamprm_dist.report.overview import write_run_report
+
+AXE = Path(__file__).parent / "node_modules" / "axe-core" / "axe.min.js"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PROBE = """
+<script>{axe}</script>
+<script>
+axe.run().then(found => {{
+  const probe = document.createElement("pre");
+  probe.id = "probe";
+  probe.textContent = JSON.stringify({{
+    violations: found.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 200))]),
+    checks: found.passes.length,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  }});
+  document.body.append(probe);
+}});
+</script>
+"""
+
+pytestmark = [
+    pytest.mark.web,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+    pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed (make test-web)"),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of two runs with everything that a report can hold."""
+    root = tmp_path_factory.mktemp("report")
+    for name in ("baseline", "instance_table"):
+        run = root / name
+        run.mkdir()
+        rows = [
+            {"iteration": i, "lower_loss": 1 / i, "weighted_loss": 1 / i, "meta_loss": 1 / i}
+            | {"lr": 1e-4, "meta_lr": 0.1, "samples_per_second": 5.0, "seconds_lower": 1.0}
+            | {f"weight_q{q:02d}": q / 50 for q in (5, 25, 50, 75, 95)}
+            for i in range(1, 30)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = {"train_json_file": str(tiny_shards / "train")}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (root / "instance_table" / "export").mkdir()
+    table = pd.DataFrame({"sample_id": range(64), "weight": np.linspace(0, 2, 64)})
+    table.to_parquet(root / "instance_table" / "export" / "instance_weights.parquet")
+    by_prm = {"baseline": "mean", "instance_table": "min"}
+    generator = np.random.default_rng(0)
+    prms = {
+        label: [
+            CandidateScores(
+                q, str(q), c, "art", [float(generator.random())], "A", c == q % 3, [], ["+"]
+            )
+            for q in range(20)
+            for c in range(3)
+        ]
+        for label in by_prm
+    }
+    results = compare(prms, by_prm) | {"aggregation": {"by_prm": by_prm}, "num_questions": 20}
+    results["accuracy"] = results["judged"]["baseline"]["accuracy"]
+    (root / "results.json").write_text(json.dumps(results))
+    folders = [root / name for name in by_prm]
+    return write_run_report(folders, root / "report.html", root / "results.json")
+
+
+def visit(page: Path, width: int, *flags: str) -> dict:
+    """What axe-core and the browser say of the page, in a window of this width in pixels."""
+    probed = page.with_name(f"probed-{width}.html")
+    probe = PROBE.format(axe=AXE.read_text(encoding="utf-8"))
+    probed.write_text(page.read_text().replace("</body>", probe + "</body>"))
+    # A window cannot be narrower than 500 pixels, a frame can.
+    frame = page.with_name(f"frame-{width}.html")
+    frame.write_text(
+        f'<!doctype html><title>f</title><iframe src="{probed.name}" '
+        f'style="width:{width}px;height:2000px;border:0"></iframe><script>'
+        "const wait = setInterval(() => {"
+        'const p = document.querySelector("iframe").contentDocument.getElementById("probe");'
+        "if (p) { clearInterval(wait); document.title = p.textContent; }}, 50)</script>"
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", "--allow-file-access-from-files"]
+    command += ["--virtual-time-budget=30000", "--window-size=1400,2000", "--dump-dom", *flags]
+    command += [frame.as_uri()]
+    env = os.environ | {"HOME": str(page.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    title = re.search(r"<title>(\{.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stderr[-2000:]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(title[1])) | {"console": console}
+
+
+@pytest.mark.parametrize("flags", [(), ("--blink-settings=preferredColorScheme=0",)])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_accessible_and_fits(page: Path, width: int, flags: tuple[str, ...]) -> None:
+    found = visit(page, width, *flags)
+    assert found["violations"] == [] and found["checks"] > 15
+    assert found["console"] == []
+    assert found["overflow"] == 0
+    assert found["dark"] == bool(flags)
+
+
+def test_the_probe_finds_what_is_wrong(page: Path) -> None:
+    broken = page.with_name("broken.html")
+    text = page.read_text().replace('alt="the instance\'s image"', "")
+    broken.write_text(text.replace("<main", '<p style="width:3000px">wide</p><main'))
+    found = visit(broken, 390)
+    assert "image-alt" in [name for name, _ in found["violations"]]
+    assert found["overflow"] > 0
