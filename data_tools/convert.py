@@ -1,0 +1,245 @@
+"""Turn downloaded data files into the records that `data_tools.shard` and evaluation read.
+
+    python -m data_tools.convert raw | conversations | reference | mmmu | candidates …
+
+writes one JSONL file and, beside it, ``<name>.rejected.jsonl`` with the file, line, id and reason
+of every record that was not taken. Records stream through: memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_tools.json_stream import RecordWriter, stream_records
+from data_tools.mmmu import join_candidates, write_questions
+from dreamprm_dist.data.schema import (
+    MetaRecord,
+    RecordError,
+    parse_meta_record,
+    parse_training_record,
+)
+from dreamprm_dist.solutions import QUESTION_PREFIX, SYSTEM_PROMPT
+
+
+def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:
+    """A record of raw VisualPRM400K as a training record.
+
+    A step is ``+`` when its score is above ``threshold``, and unlabelled when no roll-out ever
+    visited it (``num_mc_total`` is 0). ``stop_at_first_minus`` ends the solution with its first
+    ``-``: what follows an error is neither right nor wrong.
+
+    Raises:
+        RecordError: no question, no steps, or a step without text or score.
+    """
+    question, steps = record.get("question"), record.get("steps_with_score")
+    if not isinstance(question, str) or not question.strip():
+        raise RecordError("'question' must be a text.")
+    if not isinstance(steps, list) or not steps:
+        raise RecordError("'steps_with_score' must be a non-empty list.")
+    turns: list[dict] = [{"from": "system", "value": SYSTEM_PROMPT}]
+    for i, step in enumerate(steps):
+        text = step.get("step") if isinstance(step, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise RecordError(f"steps_with_score[{i}] has no text in 'step'.")
+        label = _label(step, i, threshold)
+        if i == 0:
+            text = f"{QUESTION_PREFIX}{question}\n\n### Solution Process:\n{text}"
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": label}]
+        if stop_at_first_minus and label == "-":
+            break
+    return checked_training({**record, "conversations": turns})
+
+
+def _label(step: dict, index: int, threshold: float) -> str | None:
+    total = step.get("num_mc_total")
+    if total == 0 and not isinstance(total, bool):
+        return None
+    score = step.get("score")
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not is_number or not math.isfinite(score):
+        raise RecordError(f"steps_with_score[{index}]: 'score' must be a finite number.")
+    return "+" if score > threshold else "-"
+
+
+def checked_training(record: dict) -> dict:
+    """A training record with nothing but its own keys; RecordError as `parse_training_record`."""
+    parsed = parse_training_record(record)
+    result = {"id": -1 if record.get("id") is None else record["id"]}
+    if parsed.images:
+        result["image"] = parsed.images if len(parsed.images) > 1 else parsed.images[0]
+    if parsed.dataset:
+        result["dataset"] = parsed.dataset
+    return {**result, "conversations": parsed.conversations}
+
+
+def checked_meta(record: dict) -> dict:
+    """A meta record with nothing but its own keys; RecordError as `parse_meta_record`."""
+    parsed: MetaRecord = parse_meta_record(record)
+    return {
+        **checked_training(record),
+        "true_false": parsed.true_false,
+        "response": parsed.response,
+    }
+
+
+def convert_files(
+    inputs: list[Path],
+    out: Path,
+    convert: Callable[[dict], dict],
+    name_dataset: bool,
+    image_root: Path | None = None,
+    check_images: bool = True,
+    overwrite: bool = False,
+) -> RecordWriter:
+    """Convert every record of ``inputs`` into the JSONL file ``out``, in order.
+
+    Image paths start from ``image_root``, by default each input's own folder; they are written so
+    that they start from ``out``'s folder, which is where `data_tools.shard` looks by default. The
+    path in the record stays whole. An image that is not there rejects its record.
+
+    Args:
+        convert: from a record to a training or meta record; it raises RecordError.
+        name_dataset: a record without a ``dataset`` gets its file's name, less the extension.
+
+    Raises:
+        FileNotFoundError: an input is missing.
+        ValueError: two inputs would be the same data set, ``out`` is taken, or nothing converted.
+    """
+    names = [path.stem for path in inputs]
+    if name_dataset and (twice := {name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several inputs are named {min(twice)}; a data set needs its own name.")
+    if any(path.resolve() == out.resolve() for path in inputs):
+        raise ValueError(f"{out}: this would overwrite an input; choose another name.")
+    with RecordWriter(out, overwrite) as writer:
+        for path in inputs:
+            root = (path.parent if image_root is None else image_root).resolve()
+            prefix = os.path.relpath(root, out.resolve().parent)
+            for line, record in _progress(stream_records(path), path):
+                try:
+                    if isinstance(record, RecordError):
+                        raise record
+                    if name_dataset and not record.get("dataset"):
+                        record["dataset"] = path.stem
+                    converted = convert(record)
+                    if "image" in converted:
+                        converted["image"] = _moved(converted["image"], root, prefix, check_images)
+                except RecordError as error:
+                    writer.reject(path, line, record, str(error))
+                else:
+                    writer.write(converted)
+    return writer
+
+
+def _moved(image: str | list[str], root: Path, prefix: str, check: bool) -> str | list[str]:
+    if isinstance(image, list):
+        return [_moved(path, root, prefix, check) for path in image]
+    if check and not os.path.isfile(root / image):
+        raise RecordError(f"image {image!r}: not in {root}; correct the path or --image_root.")
+    return image if prefix == os.curdir else os.path.join(prefix, image)
+
+
+def _progress(records: Iterable, path: Path) -> Iterator:
+    return tqdm(records, desc=path.name, unit="rec", disable=None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.convert",
+        description="Turn downloaded data files into records, as JSONL. What is not taken is "
+        "listed in <out>.rejected.jsonl with file, line, id and reason.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+    common.add_argument("--overwrite", action="store_true", help="replace what is there")
+    images = argparse.ArgumentParser(add_help=False)
+    images.add_argument("inputs", type=Path, nargs="+", help="JSONL files or JSON lists")
+    images.add_argument(
+        "--image_root",
+        type=Path,
+        help="folder that image paths start from (default: each input's own folder)",
+    )
+    images.add_argument(
+        "--no_image_check",
+        action="store_true",
+        help="take records whose image is not there (sharding rejects them)",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, what: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=what, description=what, parents=[*parents, common])
+
+    raw = command("raw", "raw VisualPRM400K, a file a data set, to training records", images)
+    raw.add_argument("--threshold", type=float, default=0.0, help="+ above this score (default: 0)")
+    raw.add_argument(
+        "--stop_at_first_minus", action="store_true", help="end a solution at its first -"
+    )
+    command(
+        "conversations", "VisualPRM conversations, a file a data set, to training records", images
+    )
+    reference = command("reference", "train or meta JSON of the reference implementation", images)
+    reference.add_argument("--kind", choices=("training", "meta"), required=True)
+    mmmu = command("mmmu", "MMMU or MMMU-Pro, Parquet or a datasets folder, to questions")
+    mmmu.add_argument("source", type=Path, help="a Parquet file, a folder of them, or save_to_disk")
+    mmmu.add_argument("--split", help="validation, test, …; needed when the folder has several")
+    mmmu.add_argument(
+        "--image_dir", type=Path, help="folder for the images (default: <out>_images)"
+    )
+    candidates = command("candidates", "questions and their candidates to meta or test records")
+    candidates.add_argument("questions", type=Path, help="what `mmmu` wrote")
+    candidates.add_argument(
+        "--candidates",
+        type=Path,
+        required=True,
+        help='JSONL of {"id": question, "response": text, "true_false"?: bool}',
+    )
+    candidates.add_argument("--kind", choices=("meta", "test"), required=True)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see ``--help``."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "mmmu":
+            writer = write_questions(
+                args.source, args.out, args.split, args.image_dir, args.overwrite
+            )
+        elif args.command == "candidates":
+            writer = join_candidates(
+                args.questions, args.candidates, args.out, args.kind, args.overwrite
+            )
+        else:
+            convert = checked_training
+            if args.command == "raw":
+
+                def convert(record: dict) -> dict:
+                    return convert_raw(record, args.threshold, args.stop_at_first_minus)
+
+            elif args.command == "reference" and args.kind == "meta":
+                convert = checked_meta
+            writer = convert_files(
+                args.inputs,
+                args.out,
+                convert,
+                args.command != "reference",
+                args.image_root,
+                not args.no_image_check,
+                args.overwrite,
+            )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{args.out}: {writer.num_written} records, {writer.num_rejected} rejected"
+        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""MMMU and MMMU-Pro, as downloaded, to question records; with candidates to meta and test records.
+
+A question record is `{"id", "question", "image_path", "options", "answer", "question_type",
+"subject"}`; its `question` is the text that the PRM sees, with the options.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import os
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+from PIL import Image
+
+from data_tools.json_stream import RecordWriter, stream_records
+from dreamprm_dist.data.images import IMAGE_FORMATS, check_image
+from dreamprm_dist.data.schema import RecordError, parse_meta_record, parse_test_record
+from dreamprm_dist.solutions import candidate_conversation, extract_answer
+
+IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
+_BATCH_ROWS = 8  # a row may hold seven images of megabytes
+_MAX_OPTIONS_CHARS = 100_000
+_REFERENCE = re.compile(r"<image (\d+)>")
+
+
+def write_questions(
+    source: Path,
+    out: Path,
+    split: str | None = None,
+    image_dir: Path | None = None,
+    overwrite: bool = False,
+) -> RecordWriter:
+    """Write the questions of a Parquet file, a folder of them or a `save_to_disk` folder.
+
+    Images go to ``image_dir`` (by default ``<out>_images`` beside ``out``), named by the hash of
+    their bytes; paths in the records start from ``out``'s folder.
+
+    Raises:
+        FileNotFoundError: no such source, or it holds no data.
+        ValueError: it has several splits and ``split`` chooses none of them.
+    """
+    image_dir = out.with_name(f"{out.stem}_images") if image_dir is None else image_dir
+    prefix = os.path.relpath(image_dir.resolve(), out.resolve().parent)
+    rows = _rows(source, split)
+    seen: set[str] = set()
+    with RecordWriter(out, overwrite) as writer:
+        image_dir.mkdir(parents=True, exist_ok=True)
+        for file, line, row in rows:
+            try:
+                record = question_record(row, image_dir, prefix)
+                if record["id"] in seen:
+                    raise RecordError("this id came before; candidates are joined by id.")
+            except RecordError as error:
+                writer.reject(file, line, row, str(error))
+            else:
+                seen.add(record["id"])
+                writer.write(record)
+    return writer
+
+
+def question_record(row: dict, image_dir: Path, prefix: str) -> dict:
+    """One row as a question record; its images are written into ``image_dir``.
+
+    Raises:
+        RecordError: no id or question, options that are no list of texts, an image that is broken,
+            or an `<image n>` in the text without such an image.
+    """
+    for key in ("id", "question", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise RecordError(f"{key!r} must be a text.")
+    options = parse_options(row.get("options"))
+    question = f"Question: {row['question']}"
+    if options:
+        letters = zip(string.ascii_uppercase, options, strict=False)
+        question += "\n\nOptions: " + " ".join(f"({letter}) {text}" for letter, text in letters)
+    present = {i for i, name in enumerate(IMAGE_COLUMNS, 1) if row.get(name) is not None}
+    for number in map(int, _REFERENCE.findall(question)):
+        if number not in present:
+            raise RecordError(f"the text speaks of <image {number}>, and there is no such image.")
+    images = [_image_bytes(row[IMAGE_COLUMNS[i - 1]], i) for i in sorted(present)]
+    return {
+        "id": row["id"],
+        "question": question,
+        "image_path": [os.path.join(prefix, _store(data, image_dir)) for data in images],
+        "options": options,
+        "answer": row["answer"],
+        "question_type": row.get("question_type") or ("multiple-choice" if options else "open"),
+        "subject": row.get("subject") or row.get("subfield") or "",
+    }
+
+
+def parse_options(value: object) -> list[str]:
+    """Options from a list, or from a text that spells a Python list; empty when there are none.
+
+    Raises:
+        RecordError: anything else, or more options than letters.
+    """
+    if isinstance(value, str):
+        if len(value) > _MAX_OPTIONS_CHARS:
+            raise RecordError(f"'options' has more than {_MAX_OPTIONS_CHARS} characters.")
+        try:
+            value = ast.literal_eval(value.strip() or "[]")
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise RecordError("'options' is not the text of a Python list.") from error
+    options = [] if value is None else value
+    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
+        raise RecordError("'options' must be a list of texts.")
+    if len(options) > len(string.ascii_uppercase):
+        raise RecordError(f"'options' has {len(options)} entries; there are 26 letters.")
+    return options
+
+
+def _image_bytes(value: object, number: int) -> bytes:
+    data = value.get("bytes") if isinstance(value, dict) else None
+    if not isinstance(data, bytes):
+        raise RecordError(f"image_{number} holds no image bytes; download the data with images.")
+    try:
+        check_image(data)
+    except RecordError as error:
+        raise RecordError(f"image_{number}: {error}") from error
+    return data
+
+
+def _store(data: bytes, image_dir: Path) -> str:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{image.format.lower()}"
+    path = image_dir / name
+    if not path.exists() or path.stat().st_size != len(data):  # a killed run may have cut it
+        path.write_bytes(data)
+    return name
+
+
+def _rows(source: Path, split: str | None) -> Iterator[tuple[str, int, dict]]:
+    """(file, row counted from 1, row) in the order of files and rows; images stay encoded."""
+    if (source / "dataset_info.json").is_file() or (source / "dataset_dict.json").is_file():
+        data = datasets.load_from_disk(str(source))
+        if isinstance(data, datasets.DatasetDict):
+            data = data[_chosen(source, split, data)]
+        # The Arrow format gives the stored bytes; the default would decode every image.
+        batches = data.with_format("arrow").iter(batch_size=_BATCH_ROWS)
+        return _numbered(source, batches)
+    if source.is_file():
+        files = [source]
+    else:
+        files = sorted(source.rglob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{source}: neither Parquet files nor a datasets folder.")
+        names = {file.name.removesuffix(".parquet").partition("-")[0] for file in files}
+        chosen = _chosen(source, split, names)
+        files = [f for f in files if f.name.startswith((f"{chosen}-", f"{chosen}.parquet"))]
+    return (
+        row
+        for file in files
+        for row in _numbered(file, pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS))
+    )
+
+
+def _chosen(source: Path, split: str | None, names: object) -> str:
+    names = sorted(names)
+    if split is None and len(names) == 1:
+        return names[0]
+    if split not in names:
+        raise ValueError(f"{source}: choose one of its splits with --split: {', '.join(names)}.")
+    return split
+
+
+def _numbered(file: Path, batches: Iterator) -> Iterator[tuple[str, int, dict]]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield str(file), number, row
+
+
+def join_candidates(
+    questions: Path, candidates: Path, out: Path, kind: str, overwrite: bool = False
+) -> RecordWriter:
+    """Join question records with their candidates into meta or test records.
+
+    A candidate is ``{"id": of its question, "response": text, "true_false"?: bool}``. Without
+    ``true_false`` a multiple-choice candidate is right when its extracted answer is the question's
+    letter; one without an answer is not right; for an open question it must be given. The steps of
+    meta records are unlabelled. Candidates are held in memory.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: ``out`` is taken, or nothing could be joined.
+    """
+    with RecordWriter(out, overwrite) as writer:
+        by_question: dict[str, list[tuple[int, dict]]] = {}
+        for line, candidate in stream_records(candidates):
+            if isinstance(candidate, RecordError):
+                writer.reject(candidates, line, candidate, str(candidate))
+            elif not isinstance(candidate.get("id"), str):
+                writer.reject(candidates, line, candidate, "'id' must be the question's id.")
+            else:
+                by_question.setdefault(candidate["id"], []).append((line, candidate))
+        for line, question in stream_records(questions):
+            try:
+                if isinstance(question, RecordError):
+                    raise question
+                found = by_question.pop(str(question.get("id")), [])
+                judged = []
+                for candidate_line, candidate in found:
+                    try:
+                        judged.append((candidate["response"], _is_right(candidate, question)))
+                    except RecordError as error:
+                        writer.reject(candidates, candidate_line, candidate, str(error))
+                if not judged:
+                    raise RecordError("no candidate was given for this question.")
+                for record in _joined(question, judged, kind):
+                    writer.write(record)
+            except RecordError as error:
+                writer.reject(questions, line, question, str(error))
+        for left in by_question.values():
+            for line, candidate in left:
+                writer.reject(candidates, line, candidate, "no question has this id.")
+    return writer
+
+
+def _is_right(candidate: dict, question: dict) -> bool:
+    response = candidate.get("response")
+    if not isinstance(response, str) or not response.strip():
+        raise RecordError("'response' must be a text.")
+    given = candidate.get("true_false")
+    if isinstance(given, bool):
+        return given
+    if given is not None:
+        raise RecordError("'true_false' must be true or false.")
+    if not question.get("options"):
+        raise RecordError("an open question's candidate needs 'true_false'.")
+    return extract_answer(response) == question.get("answer")
+
+
+def _joined(question: dict, judged: list[tuple[str, bool]], kind: str) -> list[dict]:
+    if kind == "test":
+        record = {
+            **question,
+            "candidates": [response for response, _ in judged],
+            "true_false": [right for _, right in judged],
+        }
+        parse_test_record(record)
+        return [record]
+    records = []
+    for response, right in judged:
+        try:
+            conversations = candidate_conversation(question["question"], response)
+        except ValueError as error:
+            raise RecordError(str(error)) from error
+        record = {
+            "id": question["id"],
+            "image": question.get("image_path"),
+            "dataset": question.get("subject", ""),
+            "conversations": conversations,
+            "true_false": right,
+            "response": response,
+        }
+        parse_meta_record(record)
+        records.append(record)
+    return records

@@ -1,0 +1,375 @@
+"""Downloaded files to records: what is written, what is rejected, and in how much memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+import data_tools.json_stream as json_stream
+from data_tools.convert import convert_raw, main
+from data_tools.mmmu import parse_options
+from data_tools.shard import shard_file
+from dreamprm_dist.data.schema import (
+    RecordError,
+    parse_meta_record,
+    parse_test_record,
+    read_json_records,
+)
+from dreamprm_dist.solutions import SYSTEM_PROMPT
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def raw(*scores, **fields):
+    steps = [
+        {"step": f"step {i} é", "score": score, "num_mc_correct": 1, "num_mc_total": 16}
+        for i, score in enumerate(scores)
+    ]
+    return {"question": "How many?", "steps_with_score": steps, **fields}
+
+
+def turns(*labels):
+    result = [{"from": "human", "value": "### Question:\nQ\n\n### Solution Process:\nS"}]
+    for label in labels:
+        result += [{"from": "gpt", "value": label}, {"from": "human", "value": "next"}]
+    return result[:-1]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def image(path, color="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 8), color).save(path)
+    return path
+
+
+def labels(record):
+    return [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+
+
+# Raw VisualPRM400K
+
+
+def test_raw_record_in_the_layout_of_the_released_checkpoints():
+    record = convert_raw(raw(0.5, 0.0, image="a.png", id=7, dataset="d", answer="3"))
+    assert record == {
+        "id": 7,
+        "image": "a.png",
+        "dataset": "d",
+        "conversations": [
+            {"from": "system", "value": SYSTEM_PROMPT},
+            {
+                "from": "human",
+                "value": "### Question:\nHow many?\n\n### Solution Process:\nstep 0 é",
+            },
+            {"from": "gpt", "value": "+"},
+            {"from": "human", "value": "step 1 é"},
+            {"from": "gpt", "value": "-"},
+        ],
+    }
+
+
+def test_threshold_unvisited_steps_and_stopping_at_the_first_minus():
+    record = raw(1.0, 0.25, 0.0, 0.5)
+    assert labels(convert_raw(record)) == ["+", "+", "-", "+"]
+    assert labels(convert_raw(record, threshold=0.25)) == ["+", "-", "-", "+"]
+    assert labels(convert_raw(record, stop_at_first_minus=True)) == ["+", "+", "-"]
+    record["steps_with_score"][2]["num_mc_total"] = 0  # its score says nothing
+    assert labels(convert_raw(record)) == ["+", "+", None, "+"]
+    assert labels(convert_raw(record, stop_at_first_minus=True)) == ["+", "+", None, "+"]
+    record["steps_with_score"][2]["score"] = None
+    assert labels(convert_raw(record)) == ["+", "+", None, "+"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"question": " "}, "'question'"),
+        ({"steps_with_score": []}, "'steps_with_score' must be"),
+        ({"steps_with_score": ["s"]}, r"steps_with_score\[0\] has no text"),
+        ({"steps_with_score": [{"step": "s", "score": None}]}, "'score' must be a finite"),
+        ({"steps_with_score": [{"step": "s", "score": float("nan")}]}, "'score' must be a finite"),
+        ({"steps_with_score": [{"step": "s", "score": True}]}, "'score' must be a finite"),
+        ({"image": 3}, "'image' must be text"),
+        ({"question": "<image> <image>", "image": "a"}, "2 <image> for 1 image"),
+    ],
+)
+def test_bad_raw_records(fields, message):
+    with pytest.raises(RecordError, match=message):
+        convert_raw(raw(1.0, **{"image": None, **fields}))
+
+
+def test_a_file_a_data_set_and_paths_that_sharding_finds(tmp_path):
+    for name in ("geo", "chart"):
+        for i in range(3):
+            image(tmp_path / "in" / f"{name}_images" / f"{i}.png")
+    absolute = image(tmp_path / "else" / "x.png")
+    geo = write(
+        tmp_path / "in" / "geo.jsonl",
+        [
+            raw(1.0, image="geo_images/0.png"),
+            raw(1.0, image=["geo_images/1.png", "geo_images/2.png"]),
+            raw(1.0, image=str(absolute)),
+        ],
+    )
+    chart = write(
+        tmp_path / "in" / "chart.jsonl",
+        [raw(0.0), raw(0.0, image="chart_images/0.png"), raw(1.0, image="images/0.png")],
+    )
+    out = tmp_path / "deep" / "er" / "train.jsonl"
+    main(["raw", str(geo), str(chart), "--out", str(out)])
+    written = lines(out)
+    assert [record["dataset"] for record in written] == ["geo"] * 3 + ["chart"] * 2
+    assert [record["id"] for record in written] == [-1] * 5
+    assert written[0]["image"] == "../../in/geo_images/0.png"
+    assert written[2]["image"] == str(absolute)
+    assert "image" not in written[3]
+    (rejected,) = lines(out.with_suffix(".rejected.jsonl"))
+    assert (rejected["file"], rejected["line"]) == (str(chart), 3)
+    assert "'images/0.png'" in rejected["reason"] and "--image_root" in rejected["reason"]
+    assert shard_file(out, tmp_path / "shards", "training", 2)["num_rejected"] == 0
+
+
+def test_image_root_and_no_image_check(tmp_path):
+    image(tmp_path / "root" / "a" / "0.png")
+    source = write(tmp_path / "geo.jsonl", [raw(1.0, image="a/0.png"), raw(1.0, image="b.png")])
+    out = tmp_path / "out.jsonl"
+    flags = ["--out", str(out), "--image_root", str(tmp_path / "root")]
+    main(["raw", str(source), *flags])
+    assert [record["image"] for record in lines(out)] == ["root/a/0.png"]
+    main(["raw", str(source), *flags, "--no_image_check", "--overwrite"])
+    assert [record["image"] for record in lines(out)] == ["root/a/0.png", "root/b.png"]
+
+
+def test_inputs_of_one_name_and_files_that_are_there_are_refused(tmp_path):
+    one = write(tmp_path / "a" / "geo.jsonl", [raw(1.0)])
+    two = write(tmp_path / "b" / "geo.jsonl", [raw(1.0)])
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit, match="error: several inputs are named geo"):
+        main(["raw", str(one), str(two), "--out", str(out)])
+    main(["raw", str(one), "--out", str(out)])
+    with pytest.raises(SystemExit, match="pass --overwrite"):
+        main(["raw", str(one), "--out", str(out)])
+    with pytest.raises(SystemExit, match="overwrite an input"):
+        main(["raw", str(out), "--out", str(out), "--overwrite"])
+    with pytest.raises(SystemExit, match=r"no such file"):
+        main(["raw", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "new.jsonl")])
+    with pytest.raises(SystemExit, match=r"geo.jsonl, line 1: 'conversations'"):
+        main(["conversations", str(one), "--out", str(tmp_path / "new.jsonl")])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a",
+        "b",
+        "out.jsonl",
+        "out.rejected.jsonl",
+    }
+
+
+# Conversations and the reference's files
+
+
+def test_conversations_with_bom_crlf_repeated_ids_and_garbage(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "MAX_LINE_BYTES", 2000)
+    good = [{"id": i, "conversations": turns("+", None, "-")} for i in (-1, -1, "x", "x", None)]
+    text = [json.dumps(record).encode() for record in good]
+    bad = [b"{", b"7", b"\xff\xfe", b"[" * 1900, b"z" * 5000, json.dumps({"id": "no"}).encode()]
+    bad.append(json.dumps({"id": "y", "conversations": turns("maybe")}).encode())
+    source = tmp_path / "mavis.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*text, b"", *bad, text[0]]))
+    out = tmp_path / "train.jsonl"
+    main(["conversations", str(source), "--out", str(out)])
+    written = lines(out)
+    assert [record["id"] for record in written] == [-1, -1, "x", "x", -1, -1]
+    assert {record["dataset"] for record in written} == {"mavis"}
+    assert all(record["conversations"] == turns("+", None, "-") for record in written)
+    rejected = lines(tmp_path / "train.rejected.jsonl")
+    assert [entry["line"] for entry in rejected] == list(range(7, 14))
+    assert [entry["id"] for entry in rejected[-2:]] == ["no", "y"]
+    reasons = [entry["reason"] for entry in rejected]
+    assert "longer than" in reasons[4] and "'maybe'" in reasons[6]
+    assert all("not valid JSON" in reasons[i] for i in (0, 2, 3))
+
+
+def test_a_line_at_the_limit_is_taken_and_one_byte_more_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "MAX_LINE_BYTES", 20)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": "abcdefghi"}\n{"id": "abcdefghij"}\n{"id": 1}')
+    (_, first), (_, second), (number, third) = json_stream.stream_records(path)
+    assert (first, number, third) == ({"id": "abcdefghi"}, 3, {"id": 1})
+    assert isinstance(second, RecordError)
+
+
+def test_reference_meta_records_stay_as_they_are(reference_dir, tmp_path):
+    source = reference_dir / "mmmu_pro_meta_sample.json"
+    out = tmp_path / "meta.jsonl"
+    main(["reference", str(source), "--kind", "meta", "--out", str(out), "--no_image_check"])
+    originals = [record for _, record in read_json_records(source)]
+    written = lines(out)
+    assert len(written) == len(originals) == 160
+    for record, original in zip(written, originals, strict=True):
+        assert record["image"].endswith(original["image"])
+        assert {**record, "image": None} == {**original, "image": None}
+
+
+def test_reference_training_records_get_no_data_set(tmp_path):
+    source = tmp_path / "train.json"
+    source.write_text(json.dumps([{"id": "a", "conversations": turns("+"), "extra": 1}] * 2))
+    main(["reference", str(source), "--kind", "training", "--out", str(tmp_path / "out.jsonl")])
+    assert lines(tmp_path / "out.jsonl") == [{"id": "a", "conversations": turns("+")}] * 2
+
+
+# MMMU
+
+
+def mmmu_rows(tmp_path):
+    pictures = [image(tmp_path / f"{name}.png", name).read_bytes() for name in ("red", "blue")]
+    rows = [
+        ("q1", "What is in <image 1>?", "['It\\'s \"$6\", or', 'é, ü']", "B", 1),
+        ("q2", "Compare <image 1> and <image 2>.", "[]", "['0.5', '1/2']", 2),
+        ("q3", "See <image 2>.", "['a', 'b']", "A", 1),
+        ("q4", "No list", "__import__('os')", "A", 0),
+        ("q1", "Again", "['a', 'b']", "A", 0),
+    ]
+    return [
+        {
+            "id": id,
+            "question": question,
+            "options": options,
+            "answer": answer,
+            "question_type": "multiple-choice" if options != "[]" else "open",
+            "subfield": "Art",
+            **{
+                f"image_{i}": {"bytes": pictures[i - 1], "path": None} if i <= images else None
+                for i in range(1, 8)
+            },
+        }
+        for id, question, options, answer, images in rows
+    ]
+
+
+def mmmu_dataset(tmp_path):
+    features = {name: datasets.Value("string") for name in mmmu_rows(tmp_path)[0]}
+    features |= {f"image_{i}": datasets.Image() for i in range(1, 8)}
+    return datasets.Dataset.from_list(mmmu_rows(tmp_path), datasets.Features(features))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    parquet = tmp_path / "mmmu" / "Art" / "validation-00000-of-00001.parquet"
+    parquet.parent.mkdir(parents=True)
+    mmmu_dataset(tmp_path).to_parquet(parquet)
+    out = tmp_path / "out" / "questions.jsonl"
+    main(["mmmu", str(tmp_path / "mmmu"), "--out", str(out)])
+    return out
+
+
+def test_mmmu_questions_from_parquet(questions, tmp_path):
+    first, second = lines(questions)
+    assert first["question"] == (
+        'Question: What is in <image 1>?\n\nOptions: (A) It\'s "$6", or (B) é, ü'
+    )
+    assert first["options"] == ['It\'s "$6", or', "é, ü"]
+    assert (first["id"], first["answer"], first["subject"]) == ("q1", "B", "Art")
+    assert second["question"] == "Question: Compare <image 1> and <image 2>."
+    assert (second["question_type"], second["answer"]) == ("open", "['0.5', '1/2']")
+    for path, name in zip(second["image_path"], ("red", "blue"), strict=True):
+        stored = questions.parent / path
+        assert stored.read_bytes() == (tmp_path / f"{name}.png").read_bytes()
+    rejected = lines(questions.with_suffix(".rejected.jsonl"))
+    assert [(entry["line"], entry["id"]) for entry in rejected] == [(3, "q3"), (4, "q4"), (5, "q1")]
+    for entry, reason in zip(rejected, ("<image 2>", "Python list", "came before"), strict=True):
+        assert reason in entry["reason"]
+
+
+def test_a_datasets_folder_gives_the_same_as_parquet(questions, tmp_path):
+    folder = tmp_path / "saved"
+    parts = {"validation": mmmu_dataset(tmp_path), "dev": mmmu_dataset(tmp_path).select([0])}
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    out = tmp_path / "out" / "again.jsonl"
+    with pytest.raises(SystemExit, match="--split: dev, validation"):
+        main(["mmmu", str(folder), "--out", str(out)])
+    command = ["mmmu", str(folder), "--out", str(out), "--split", "validation"]
+    main([*command, "--image_dir", str(questions.with_name("questions_images"))])
+    assert out.read_bytes() == questions.read_bytes()
+    (tmp_path / "mmmu" / "Art" / "test-00000-of-00001.parquet").write_bytes(b"")
+    with pytest.raises(SystemExit, match="--split: test, validation"):
+        main(["mmmu", str(tmp_path / "mmmu"), "--out", str(out), "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [("['a', \"b's, c\"]", ["a", "b's, c"]), ("", []), (None, []), (["x"], ["x"])],
+)
+def test_options(value, options):
+    assert parse_options(value) == options
+
+
+@pytest.mark.parametrize(
+    "value", ["[1, 2]", "a, b", "[" * 99_000, "['a'" * 90_000, str(["a"] * 27)]
+)
+def test_bad_options(value):
+    with pytest.raises(RecordError, match="'options'"):
+        parse_options(value)
+
+
+def test_candidates_become_test_and_meta_records(questions, tmp_path):
+    candidates = [
+        {"id": "q1", "response": "[Reasoning]\nOne.\n\nTwo.\n\nAnswer: B"},
+        {"id": "q2", "response": "Answer: 0.5", "true_false": True},
+        {"id": "q1", "response": "No idea", "true_false": None},
+        {"id": "q2", "response": "Answer: 7"},
+        {"id": "q9", "response": "Answer: A"},
+    ]
+    source = write(tmp_path / "candidates.jsonl", candidates)
+    for kind in ("test", "meta"):
+        out = str(tmp_path / "out" / f"{kind}.jsonl")
+        arguments = ["--candidates", str(source), "--kind", kind, "--out", out]
+        main(["candidates", str(questions), *arguments])
+    test = [parse_test_record(record) for record in lines(tmp_path / "out" / "test.jsonl")]
+    assert [record.true_false for record in test] == [[True, False], [True]]
+    assert test[0].candidates == [candidates[0]["response"], "No idea"]
+    meta = lines(tmp_path / "out" / "meta.jsonl")
+    assert [(record["id"], record["true_false"]) for record in meta] == [
+        ("q1", True),
+        ("q1", False),
+        ("q2", True),
+    ]
+    assert labels(meta[0]) == [None] * 3
+    assert parse_meta_record(meta[0]).dataset == "Art"
+    rejected = lines(tmp_path / "out" / "meta.rejected.jsonl")
+    assert [entry["line"] for entry in rejected] == [4, 5]
+    shard_file(tmp_path / "out" / "meta.jsonl", tmp_path / "shards", "meta", 2)
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_file_nor_with_a_line_of_garbage(tmp_path):
+    with (tmp_path / "big.jsonl").open("wb") as file:
+        line = json.dumps({"id": "é", "conversations": turns("+")}).encode() + b"\n"
+        file.write(line * 20_000 + b"garbage " * (100 << 17) + b"\n" + line)
+    code = """
+import resource, sys
+from data_tools.convert import main
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+main(["conversations", sys.argv[1], "--out", sys.argv[2]])
+print((peak() - before) // 1024)
+"""
+    command = [sys.executable, "-c", code, tmp_path / "big.jsonl", tmp_path / "out.jsonl"]
+    run = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True)
+    message, grown = run.stdout.splitlines()
+    assert "20001 records, 1 rejected" in message
+    assert int(grown) < 60  # MiB: two lines of the longest that is taken, and the interpreter
+    assert lines(tmp_path / "out.rejected.jsonl")[0]["line"] == 20_001
