@@ -22,6 +22,7 @@ from dreamprm_dist.schedules import build_schedule
 # when a rank dies; gloo does without all three.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+CHECKPOINT_TAG = "state"
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
@@ -142,6 +143,20 @@ class Engine:
         v = [t.to(p.dtype) for t, p in zip(total, parameters, strict=True)]
         distributed.all_reduce_mean(v)
         return dict(zip(self.parameters, v, strict=True)), torch.cat(all_losses)
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, optimizer and schedule into a new folder; all ranks together."""
+        self._deepspeed.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Put back what `save` wrote at this world size. The files are pickles: verify them first.
+
+        Raises:
+            ValueError: DeepSpeed finds no checkpoint in the folder.
+        """
+        path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
 
 
 def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:

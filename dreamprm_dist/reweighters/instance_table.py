@@ -125,6 +125,29 @@ class InstanceTable:
             self.raw_weights.clamp_(self.config.weight_min, self.config.weight_max)
         return gradient.values().square().sum()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's rows, their optimizer's state and where the schedule is."""
+        optimizer = self._optimizer.state_dict()["state"].get(0, {})
+        return {
+            "raw_weights": self.raw_weights,
+            "schedule_steps": torch.tensor(self._schedule.last_epoch),
+            "lr": torch.tensor(self.lr, dtype=torch.float64),
+            **{f"optimizer.{name}": value for name, value in optimizer.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` returned on this rank."""
+        self.raw_weights.copy_(state["raw_weights"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        groups[0]["lr"] = float(state["lr"])
+        rows = {
+            name.removeprefix("optimizer."): value
+            for name, value in state.items()
+            if name.startswith("optimizer.")
+        }
+        self._optimizer.load_state_dict({"state": {0: rows}, "param_groups": groups})
+        self._schedule.last_epoch = int(state["schedule_steps"])
+
     def statistics(self) -> dict[str, float]:
         """Mean, extremes and quantiles of all weights, from a histogram summed over the ranks.
 
