@@ -1,87 +1,286 @@
-"""What a run leaves behind: `export/` with the PRM and `instance_weights.parquet`."""
+"""Checkpoints, from which a stopped run goes on bit for bit: `<run>/checkpoints/iteration-N`.
 
-import contextlib
+All ranks write into `iteration-N.new`; when every rank has finished, a manifest with the SHA-256 of
+every file is added and one rename makes the checkpoint visible. A folder under its final name is
+therefore complete, and whatever was altered in it later is found by the checksums. DeepSpeed's own
+files are pickles: they are read only after the checksums of the whole folder have been verified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
+from dreamprm_dist import distributed
 from dreamprm_dist.config import TrainConfig
-from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.model_card import model_card
-from dreamprm_dist.prm import layout
-from dreamprm_dist.prm.chat import CHAT_TEMPLATE
-from dreamprm_dist.prm.model import PRM
-from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD
+from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
+from dreamprm_dist.data.shards import ShardFolder, file_sha256
+from dreamprm_dist.engine import Engine
 
-INSTANCE_WEIGHTS = "instance_weights.parquet"
-
-
-@contextlib.contextmanager
-def export_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block ends without an exception."""
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT_VERSION = 1
+# Settings in which a resumed run may differ from the one it goes on with. Data are compared by
+# content and not by where they lie.
+MAY_CHANGE = {
+    *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
+    *("save_every_iterations", "keep_last", "resume", "log_every", "num_workers"),
+    *("device", "local_rank"),
+}
+LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
-def export_prm(
-    folder: Path, prm: PRM, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> None:
-    """Write the PRM as a Hugging Face folder that loads again without torchvision."""
-    save_model(folder, prm, tokenizer)
-    (folder / "README.md").write_text(model_card(config.as_dict()), encoding="utf-8")
+class Stateful(Protocol):
+    """What a checkpoint asks of a reweighter: this rank's state as tensors, and back."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-def save_model(
-    folder: Path, prm: PRM, tokenizer: PreTrainedTokenizerBase, original: bool = False
-) -> None:
-    """Write model, tokenizer with chat template and image processor; weights as safetensors.
+@dataclass
+class Checkpoint:
+    """A whole checkpoint.
 
-    Args:
-        original: in the layout of `InternVLChatModel` instead of transformers' own.
+    Attributes:
+        state: iteration, world_size, settings and library versions, as `state.json` has them.
     """
-    if original:
-        layout.save_original(folder, prm.model.config, prm.model.state_dict())
-    else:
-        prm.model.save_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    # The Pil backend: the stock processor of InternVL also wants a video processor, and that
-    # torchvision.
-    GotOcr2ImageProcessorPil(
-        size={"height": prm.tile_size, "width": prm.tile_size},
-        crop_to_patches=True,
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    ).save_pretrained(folder)
+
+    path: Path
+    state: dict
+
+    @property
+    def iteration(self) -> int:
+        """Outer iterations done."""
+        return self.state["iteration"]
 
 
-def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weights: Tensor) -> None:
-    """Write `instance_weights.parquet`: a row an instance in the order of sample IDs.
+def run_settings(
+    config: TrainConfig, train_shards: ShardFolder, meta_shards: ShardFolder | None
+) -> dict:
+    """What must be equal for one run to go on with another's checkpoint, by the flag's name."""
+    data = {"train_json_file": train_shards, "meta_json_file": meta_shards}
+    return _fixed(config.as_dict()) | {
+        name: f"shards with SHA-256 {file_sha256(shards.path / SHARD_MANIFEST)}"
+        for name, shards in data.items()
+        if shards is not None
+    }
 
-    Args:
-        raw_weights, weights: (instances,) float32.
-    """
-    source_ids: list[str] = [""] * shards.num_rows
-    for shard in range(shards.num_shards):
-        source_ids[shard :: shards.num_shards] = shards.read_column(shard, "source_id")
-    table = pa.table(
-        {
-            "sample_id": pa.array(range(shards.num_rows), pa.int64()),
-            "source_id": pa.array(source_ids, pa.string()),
-            "raw_weight": raw_weights.numpy(),
-            "weight": weights.numpy(),
+
+def is_same_run(config: TrainConfig, file: Path) -> bool:
+    """Whether a run folder's `config.yaml` is that of `config`, but for what may change."""
+    return file.is_file() and _fixed(yaml.safe_load(file.read_text())) == _fixed(config.as_dict())
+
+
+def save_checkpoint(
+    run_folder: Path,
+    iteration: int,
+    settings: dict,
+    engine: Engine,
+    reweighter: Stateful | None,
+    keep_last: int,
+) -> None:
+    """Write a checkpoint on all ranks together, then remove all but the newest `keep_last`."""
+    folder, is_main = run_folder / CHECKPOINTS, distributed.rank() == 0
+    final = folder / f"iteration-{iteration}"
+    new = final.with_name(final.name + ".new")
+    if is_main:
+        for leftover in [*folder.glob("*.new"), *folder.glob("*.old")]:
+            shutil.rmtree(leftover)
+        new.mkdir(parents=True)
+        state = {
+            "iteration": iteration,
+            "world_size": distributed.world_size(),
+            "settings": settings,
+            "versions": _versions(),
         }
-    )
-    pq.write_table(table, folder / INSTANCE_WEIGHTS)
+        (new / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    distributed.barrier()
+    engine.save(new / "deepspeed")
+    tensors = {f"rng.{name}": value for name, value in _rng_state(engine.device).items()}
+    if reweighter is not None:
+        tensors |= {f"reweighter.{name}": t for name, t in reweighter.state_dict().items()}
+    save_file(tensors, _rank_file(new))
+    distributed.barrier()
+
+    files = json.loads(distributed.broadcast_text(json.dumps(_files(new))))
+    checksums = _checksums(new, files)
+    if unreadable := [name for name in files if not checksums[name]]:
+        raise ValueError(f"{new / unreadable[0]} cannot be read back; look at the file system")
+    if is_main:
+        for name in files:
+            _flush(new / name)
+        manifest = {"format_version": FORMAT_VERSION, "files": checksums}
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _flush(new / MANIFEST)
+        _flush(new)
+        if final.exists():  # damaged: the run went on from an earlier one
+            _remove(final)
+        new.rename(final)
+        _flush(folder)
+        # One beyond this iteration is damaged, for the same reason.
+        older = [i for i in _iterations(folder) if i <= iteration]
+        for i in set(_iterations(folder)) - set(older[:keep_last]):
+            _remove(folder / f"iteration-{i}")
+    distributed.barrier()
+
+
+def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, the same on all ranks; None where there is none at all.
+
+    Raises:
+        ValueError: there are checkpoints, but every one is damaged.
+    """
+    folder = run_folder / CHECKPOINTS
+    iterations = json.loads(distributed.broadcast_text(json.dumps(_iterations(folder))))
+    for iteration in iterations:
+        path = folder / f"iteration-{iteration}"
+        problem = _damage(path)
+        if problem is None:
+            return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+        _say(f"warning: checkpoint {path} is damaged and skipped: {problem}")
+    if iterations:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole; choose another weights_path, or remove the run "
+            "folder to start anew"
+        )
+    return None
+
+
+def check_resumable(checkpoint: Checkpoint, settings: dict) -> None:
+    """Refuse to go on with a checkpoint of another run.
+
+    Raises:
+        ValueError: naming the first setting that differs, or the world size.
+    """
+    saved = checkpoint.state["settings"]
+    for name in {**settings, **saved}:
+        if saved.get(name) != settings.get(name):
+            raise ValueError(
+                f"{checkpoint.path} was made with {name} = {saved.get(name)}, but now it is "
+                f"{settings.get(name)}; set it back, or choose another weights_path for a new run"
+            )
+    world_size = checkpoint.state["world_size"]
+    if world_size != distributed.world_size():
+        raise ValueError(
+            f"{checkpoint.path} was made by {world_size} rank(s) and cannot be resumed by "
+            f"{distributed.world_size()}; start {world_size}"
+        )
+
+
+def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful | None) -> None:
+    """Put all state back on this rank. The checkpoint comes from `newest_checkpoint`."""
+    _say(f"resuming from {checkpoint.path}")
+    for name, saved in checkpoint.state["versions"].items():
+        if _versions()[name] != saved:
+            _say(
+                f"warning: {checkpoint.path} was made with {name} {saved}, this is "
+                f"{_versions()[name]}: results may differ in their last digits"
+            )
+    engine.load(checkpoint.path / "deepspeed")
+    groups: dict[str, dict[str, Tensor]] = {"rng": {}, "reweighter": {}}
+    for name, tensor in load_file(_rank_file(checkpoint.path)).items():
+        group, _, key = name.partition(".")
+        groups[group][key] = tensor
+    if reweighter is not None:
+        reweighter.load_state_dict(groups["reweighter"])
+    torch.set_rng_state(groups["rng"]["cpu"])
+    if "cuda" in groups["rng"]:
+        torch.cuda.set_rng_state(groups["rng"]["cuda"], engine.device)
+
+
+def _fixed(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _rank_file(path: Path) -> Path:
+    return path / f"rank-{distributed.rank()}.safetensors"
+
+
+def _iterations(folder: Path) -> list[int]:
+    """Iterations of the visible checkpoints, newest first."""
+    names = (re.fullmatch(r"iteration-(\d+)", path.name) for path in folder.glob("iteration-*"))
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def _files(path: Path) -> list[str]:
+    files = (file for file in path.rglob("*") if not file.is_dir())
+    return sorted(file.relative_to(path).as_posix() for file in files)
+
+
+def _checksums(path: Path, files: list[str]) -> dict[str, str]:
+    """SHA-256 by file, "" for one that cannot be read. Each rank reads its share of the files."""
+    share = {}
+    for name in files[distributed.rank() :: distributed.world_size()]:
+        try:
+            share[name] = file_sha256(path / name)
+        except OSError:
+            share[name] = ""
+    parts = distributed.all_gather_texts(json.dumps(share))
+    return {name: digest for part in parts for name, digest in json.loads(part).items()}
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; None when it is whole."""
+    recorded, problem = {}, None
+    if distributed.rank() == 0:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            recorded, found = dict(manifest["files"]), set(_files(path)) - {MANIFEST}
+            if manifest["format_version"] != FORMAT_VERSION:
+                problem = f"format_version {manifest['format_version']} is unknown"
+            elif odd := sorted(recorded.keys() ^ found):
+                problem = f"{odd[0]} is {'missing' if odd[0] in recorded else 'not of it'}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    recorded, problem = json.loads(distributed.broadcast_text(json.dumps([recorded, problem])))
+    if problem is None:
+        found = _checksums(path, sorted(recorded))
+        wrong = sorted(name for name in recorded if found[name] != recorded[name])
+        problem = f"the checksum of {wrong[0]} does not match" if wrong else None
+    return problem
+
+
+def _flush(path: Path) -> None:
+    """Have a file or a folder on the disk itself, so that it outlives the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    # Out of sight first: a folder under its final name is complete at every moment.
+    hidden = path.with_name(path.name + ".old")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _say(message: str) -> None:
+    if distributed.rank() == 0:
+        print(message, file=sys.stderr, flush=True)

@@ -168,7 +168,13 @@ class RunConfig:
 
     weights_path: str = flag("./weights", "Run folder: config, metrics, checkpoints, export.")
     iteration_num: int = flag(100_000, "Outer iterations: unroll_steps lower steps, one upper.")
-    save_every_iterations: int = flag(1000, "Iterations between two exports; the last always is.")
+    save_every_iterations: int = flag(
+        1000, "Iterations between two checkpoints; the last is always saved."
+    )
+    keep_last: int = flag(2, "Checkpoints kept, the newest ones.")
+    resume: Literal["auto", "never"] = flag(
+        "auto", "auto: go on from the newest whole checkpoint; never: refuse a taken run folder."
+    )
     retrain: bool = flag(False, "Cold start: plain fine-tuning, no weights are learned.")
     baseline: bool = flag(False, "Plain fine-tuning as the baseline that weights are held against.")
     strategy: Literal["default", "zero1", "zero2", "zero2_offload", "zero2_cpu"] = flag(
@@ -246,6 +252,7 @@ _AT_LEAST_ONE = {
     "num_layers",
     "iteration_num",
     "save_every_iterations",
+    "keep_last",
     "max_patch_num",
     "num_shards",
     "log_every",
@@ -331,4 +338,6 @@ def _unknown(name: str, known: dict[str, str]) -> str:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as a recipe that starts the same run again."""
-    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    new = path.with_name(path.name + ".new")
+    new.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    new.replace(path)

@@ -175,6 +175,13 @@ def gather_rows(rows: Tensor) -> list[Tensor] | None:
     return parts
 
 
+def all_gather_texts(text: str) -> list[str]:
+    """Every rank's text, in rank order, on every rank."""
+    texts = [""] * world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
 def broadcast_text(text: str) -> str:
     """Rank 0's text on every rank."""
     box = [text]

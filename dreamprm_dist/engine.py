@@ -28,6 +28,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # What DeepSpeed counts of its steps.
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
+CHECKPOINT_TAG = "state"
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
@@ -242,6 +243,20 @@ class Engine:
     def _optimizer_states(self) -> list[dict[str, Tensor]]:
         zero = self._deepspeed.optimizer
         return [zero.optimizer.state[p] for p in zero.single_partition_of_fp32_groups]
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, optimizer and schedule into a new folder; all ranks together."""
+        self._deepspeed.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Put back what `save` wrote at this world size. The files are pickles: verify them first.
+
+        Raises:
+            ValueError: DeepSpeed finds no checkpoint in the folder.
+        """
+        path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
 
 
 def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:

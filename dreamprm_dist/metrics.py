@@ -33,6 +33,18 @@ FIELDS = {
 }
 
 
+def cut_back(path: Path, iteration: int) -> None:
+    """Drop the lines after an iteration, and a last one that was not written to its end."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["iteration"] > iteration:
+            break
+        kept.append(line)
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(path)
+
+
 class MetricsWriter:
     """Appends one JSON object a line and tells the trackers.
 

@@ -23,16 +23,26 @@ from tqdm import tqdm
 
 from dreamprm_dist import distributed
 from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.checkpoint import export_folder, export_prm, export_weights
+from dreamprm_dist.checkpoint import (
+    Checkpoint,
+    check_resumable,
+    is_same_run,
+    load_checkpoint,
+    newest_checkpoint,
+    run_settings,
+    save_checkpoint,
+)
 from dreamprm_dist.config import TrainConfig, save_config
 from dreamprm_dist.data.collate import Batch, InputFormat
 from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.sampler import check_divisible
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.engine import Engine, LowerStep
+from dreamprm_dist.export import export_folder, export_prm, export_weights
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.losses import Observation, instance_losses, meta_losses
-from dreamprm_dist.metrics import MetricsWriter, Phases, peak_memory_bytes
+from dreamprm_dist.metrics import MetricsWriter, Phases, cut_back, peak_memory_bytes
+from dreamprm_dist.preemption import StopRequest
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import StepOutput, load_prm, load_tokenizer
 from dreamprm_dist.reweighters import REWEIGHTERS
@@ -71,10 +81,8 @@ class BilevelTrainer:
         self.config, self.device = config, device
         self.train_shards, self.meta_shards = train_shards, meta_shards
         self.run_folder = Path(config.run.weights_path)
-        if (self.run_folder / METRICS).exists():
-            raise ValueError(
-                f"{self.run_folder} already holds a run; choose another weights_path or remove it"
-            )
+        self.settings = run_settings(config, train_shards, meta_shards)
+        self.checkpoint = self._checkpoint_to_resume()
         torch.manual_seed(config.run.seed)
 
         prm = load_prm(config.model.reward_model, config.model.precision, device)
@@ -103,6 +111,7 @@ class BilevelTrainer:
             device,
             keep_gradients=self.estimator.precondition is not None,
         )
+        self.reweighter = None
         if not config.unweighted:
             self.meta_batches = self._batches(
                 meta_shards, UPPER, upper.meta_batch_size, upper.meta_gradient_accumulation
@@ -120,6 +129,20 @@ class BilevelTrainer:
                 ),
             )
         self.phases = Phases(device)
+
+    def _checkpoint_to_resume(self) -> Checkpoint | None:
+        """The one to go on from; None for a run that starts at its beginning."""
+        may_resume = self.config.run.resume == "auto"
+        checkpoint = newest_checkpoint(self.run_folder) if may_resume else None
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.settings)
+        elif (self.run_folder / METRICS).exists() and not (
+            may_resume and is_same_run(self.config, self.run_folder / "config.yaml")
+        ):
+            raise ValueError(
+                f"{self.run_folder} already holds a run; choose another weights_path or remove it"
+            )
+        return checkpoint
 
     def _batches(
         self, shards: ShardFolder, level: int, batch_size: int, accumulation: int
@@ -142,33 +165,69 @@ class BilevelTrainer:
         return batches
 
     def train(self) -> None:
-        """All iterations, with an export now and then and at the end."""
+        """All iterations that are left, with checkpoints, and an export at the end.
+
+        After SIGTERM or SIGUSR1 to any rank the run ends early, with a checkpoint to go on from.
+        """
         run, is_main = self.config.run, distributed.rank() == 0
+        done = 0
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, self.engine, self.reweighter)
+            done = self.checkpoint.iteration
         if is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_folder / "config.yaml")
+            if (self.run_folder / METRICS).exists():
+                cut_back(self.run_folder / METRICS, done)
         settings = self.config.as_dict()
         trackers = Trackers(run.trackers, self.run_folder, settings) if is_main else None
         writer = MetricsWriter(self.run_folder / METRICS, trackers)
         unroll_steps = self.config.upper.unroll_steps
-        lower_stream = self._stream(self.train_batches, run.iteration_num * unroll_steps)
-        meta_stream = (
-            None if self.config.unweighted else self._stream(self.meta_batches, run.iteration_num)
+        lower_stream = self._stream(
+            self.train_batches, run.iteration_num * unroll_steps, done * unroll_steps
         )
-        progress = tqdm(range(1, run.iteration_num + 1), desc=self._label(), disable=not is_main)
-        logged = 0
-        for iteration in progress:
-            values = self.iteration(lower_stream, meta_stream)
-            if iteration % run.log_every == 0 or iteration == run.iteration_num:
-                metrics = self._metrics(iteration, values, iteration - logged)
-                logged = iteration
-                writer.write(metrics)
-                progress.set_postfix(
-                    {k: f"{metrics[k]:.3f}" for k in ("lower_loss", "meta_loss") if k in metrics}
-                )
-            if iteration % run.save_every_iterations == 0 or iteration == run.iteration_num:
-                self.export()
+        meta_stream = (
+            None
+            if self.config.unweighted
+            else self._stream(self.meta_batches, run.iteration_num, done)
+        )
+        progress = tqdm(
+            range(done + 1, run.iteration_num + 1),
+            desc=self._label(),
+            disable=not is_main,
+            initial=done,
+            total=run.iteration_num,
+        )
+        logged, stopping = done, False
+        with StopRequest(self.device) as stop:
+            for iteration in progress:
+                values = self.iteration(lower_stream, meta_stream)
+                is_last = iteration == run.iteration_num
+                if iteration % run.log_every == 0 or is_last:
+                    metrics = self._metrics(iteration, values, iteration - logged)
+                    logged = iteration
+                    writer.write(metrics)
+                    shown = (k for k in ("lower_loss", "meta_loss") if k in metrics)
+                    progress.set_postfix({k: f"{metrics[k]:.3f}" for k in shown})
+                stopping = stop.noted() and not is_last
+                if iteration % run.save_every_iterations == 0 or is_last or stopping:
+                    save_checkpoint(
+                        self.run_folder,
+                        iteration,
+                        self.settings,
+                        self.engine,
+                        self.reweighter,
+                        run.keep_last,
+                    )
+                if stopping:
+                    break
+        progress.close()
         writer.close()
+        if stopping:
+            if is_main:
+                print(f"stopped by a signal; saved at iteration {iteration}", flush=True)
+        else:
+            self.export()
 
     def iteration(
         self, lower_stream: Iterator[list[Batch]], meta_stream: Iterator[list[Batch]] | None
@@ -252,8 +311,8 @@ class BilevelTrainer:
         with mode:
             return self.estimator.function(observe, self.engine.parameters, v)
 
-    def _stream(self, batches: RankBatches, count: int) -> Iterator[list[Batch]]:
-        return batches.stream(0, count, self.config.data.num_workers, self.device)
+    def _stream(self, batches: RankBatches, end: int, first: int = 0) -> Iterator[list[Batch]]:
+        return batches.stream(first, end - first, self.config.data.num_workers, self.device)
 
     def _label(self) -> str:
         run = self.config.run

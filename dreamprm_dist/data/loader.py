@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dreamprm_dist.data.collate import Batch, InputFormat, collate, encode_instance
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.preemption import leave_signals_to_the_rank
 from dreamprm_dist.prm.chat import encode_conversation
 from dreamprm_dist.prm.tiling import num_tiles
 
@@ -74,6 +75,7 @@ class RankBatches(Dataset):
                 sampler=range(first, first + count),
                 num_workers=num_workers,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=leave_signals_to_the_rank,
             )
         )
 

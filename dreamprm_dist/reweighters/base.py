@@ -130,6 +130,36 @@ class Reweighter(ABC):
         """Learning rate of the next upper step."""
         return self._optimizer.param_groups[0]["lr"]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a step changes on this rank: parameters, optimizer and schedule."""
+        (group,) = self._optimizer.param_groups
+        state = {
+            "schedule_steps": torch.tensor(self._schedule.last_epoch),
+            "lr": torch.tensor(self.lr, dtype=torch.float64),
+        }
+        for i, parameter in enumerate(group["params"]):
+            state[f"{i}.parameter"] = parameter.detach()
+            state |= {f"{i}.{name}": t for name, t in self._optimizer.state[parameter].items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` returned on this rank."""
+        (group,) = self._optimizer.param_groups
+        for i, parameter in enumerate(group["params"]):
+            mine = {
+                key.removeprefix(f"{i}."): t for key, t in state.items() if key.startswith(f"{i}.")
+            }
+            parameter.copy_(mine.pop("parameter"))
+            if mine:
+                self._optimizer.state[parameter] = {
+                    # torch's AdamW counts its steps on the CPU, wherever the parameter lies.
+                    name: t.clone() if name == "step" else t.to(self.device, copy=True)
+                    for name, t in mine.items()
+                }
+        group["lr"] = float(state["lr"])
+        self._schedule.last_epoch = int(state["schedule_steps"])
+
     @abstractmethod
     def statistics(self) -> dict[str, float]:
         """Mean, extremes and quantiles of the weights; the same on every rank."""

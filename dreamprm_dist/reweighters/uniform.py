@@ -35,3 +35,9 @@ class Uniform(Reweighter):
 
     def local_raw_weights(self) -> Tensor:
         return torch.ones(self.partition.num_rows, device=self.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "dreamprm_dist"
 # A module may import from its own level and below. Levels are those of the design.
 LEVELS = [
     {"config", "distributed", "trackers"},
-    {"schedules", "prm", "data", "aggregation", "solutions", "model_card"},
-    {"losses", "metrics", "checkpoint", "engine", "hypergradient", "reweighters"},
+    {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "model_card"},
+    {"losses", "metrics", "export", "checkpoint", "engine", "hypergradient", "reweighters"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
     {"api", "evaluation", "report"},
 ]

@@ -225,3 +225,23 @@ def test_statistics_are_those_of_all_weights():
 
 def test_equal_weights_have_equal_statistics():
     assert set(table().statistics().values()) == {1.0}
+
+
+@pytest.mark.parametrize("row_update", ROW_UPDATES)
+@pytest.mark.parametrize("schedule", ["cosine_schedule_with_warmup", "step_lr", "constant"])
+def test_a_table_put_back_goes_on_as_the_one_that_was_saved(row_update: str, schedule: str):
+    def step(weights: InstanceTable, number: int) -> None:
+        add(weights, [number, 7], [0.5, -1.0 / number])
+        weights.step()
+
+    settings = {"row_update": row_update, "meta_scheduler_type": schedule}
+    settings["meta_scheduler_step_size"] = 2
+    saved, restored = table(**settings), table(**settings)
+    for number in (1, 2, 3):
+        step(saved, number)
+    restored.load_state_dict({name: value.clone() for name, value in saved.state_dict().items()})
+    for number in (4, 5, 6):
+        assert saved.lr == restored.lr
+        step(saved, number)
+        step(restored, number)
+        assert torch.equal(saved.raw_weights, restored.raw_weights)

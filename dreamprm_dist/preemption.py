@@ -1,0 +1,43 @@
+"""SIGTERM and SIGUSR1 as a request to stop, which all ranks obey after the same iteration."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+
+from dreamprm_dist import distributed
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Within the block either signal is noted instead of ending the process."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._noted = device, False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self._noted = True
+
+    def noted(self) -> bool:
+        """Whether any rank has been asked to stop: the same answer on all ranks, which all ask."""
+        noted = torch.tensor([float(self._noted)], device=self._device)
+        return bool(distributed.all_reduce_max(noted))
+
+
+def leave_signals_to_the_rank(worker: int) -> None:
+    """For a rank's worker processes: a signal to the whole process group must not end them.
+
+    They end with their rank.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,240 @@
+"""A run that is stopped, killed or damaged and started again is the run that never stopped."""
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dreamprm_dist.checkpoint import MANIFEST
+
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+ITERATIONS = 14
+# The folder of a run is its working directory, so that the exported model cards are equal too.
+# Schedules of both kinds: one that is a function of the step and one that multiplies as it goes.
+FLAGS = [
+    *("--precision", "fp32", "--num_workers", "1", "--device", "cpu", "--weights_path", "run"),
+    *("--batch_size", "4", "--meta_batch_size", "2", "--iteration_num", str(ITERATIONS)),
+    *("--lr", "1e-3", "--scheduler_type", "step_lr", "--scheduler_step_size", "3"),
+    *("--meta_lr", "0.1", "--save_every_iterations", "3", "--unroll_steps", "2"),
+]
+
+
+class Run:
+    """A run on two ranks in a folder; each start goes on with what the folder holds."""
+
+    def __init__(self, folder: Path, model: Path, shards: Path):
+        self.folder, self.run_folder = folder, folder / "run"
+        self.data = [
+            *("--train_json_file", shards / "train", "--meta_json_file", shards / "meta"),
+            *("--reward_model", model),
+        ]
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[list[subprocess.Popen]]:
+        """Both ranks, each in a process group of its own; gone at the end of the block."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = []
+        for rank in range(2):
+            environment = os.environ | {
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            }
+            with (self.folder / f"log-{rank}").open("w") as log:
+                command = [sys.executable, TRAIN, *FLAGS, *self.data]
+                ranks.append(
+                    subprocess.Popen(
+                        [str(part) for part in command],
+                        **{"stdout": log, "stderr": subprocess.STDOUT, "env": environment},
+                        cwd=self.folder,
+                        start_new_session=True,
+                    )
+                )
+        try:
+            yield ranks
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+    def finish(self) -> None:
+        with self.started() as ranks:
+            assert [process.wait(timeout=240) for process in ranks] == [0, 0], self.log()
+
+    def log(self, rank: int = 0) -> str:
+        return (self.folder / f"log-{rank}").read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[], bool], ranks: list[subprocess.Popen]) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert all(process.poll() is None for process in ranks), self.log()
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.005)
+
+    def metrics(self) -> list[dict]:
+        """The lines that were written to their end, without what a clock or the system says."""
+        file = self.run_folder / "metrics.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        clocks = ("seconds", "samples_per_second", "peak_memory")
+        return [
+            {k: v for k, v in json.loads(line).items() if not k.startswith(clocks)}
+            for line in lines
+        ]
+
+    def checkpoints(self) -> list[int]:
+        folders = (self.run_folder / "checkpoints").glob("iteration-*")
+        return sorted(int(f.name.split("-")[1]) for f in folders if f.suffix == "")
+
+
+def same_files(one: Path, other: Path) -> list[str]:
+    """Names of the files of two folders, whose bytes are equal."""
+    names = sorted(str(f.relative_to(one)) for f in one.rglob("*") if f.is_file())
+    assert names == sorted(str(f.relative_to(other)) for f in other.rglob("*") if f.is_file())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    return names
+
+
+@pytest.fixture(scope="module")
+def new_run(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path):
+    return lambda: Run(tmp_path_factory.mktemp("resume"), tiny_prm_dir, tiny_shards)
+
+
+@pytest.fixture(scope="module")
+def whole(new_run) -> Run:
+    """A run that nothing happened to."""
+    run = new_run()
+    run.finish()
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(new_run) -> Run:
+    """A run that was asked to stop: SIGTERM to all processes of one rank."""
+    run = new_run()
+    with run.started() as ranks:
+        run.wait_for(lambda: len(run.metrics()) >= 1, ranks)
+        os.killpg(ranks[1].pid, signal.SIGTERM)
+        run.exit_codes = [process.wait(timeout=120) for process in ranks]
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(stopped: Run, new_run) -> Run:
+    """The stopped run, started again, and killed with no checkpoint at its last iteration."""
+    run = new_run()
+    shutil.copytree(stopped.run_folder, run.run_folder)
+    with run.started() as ranks:
+        run.wait_for(lambda: len(run.metrics()) >= 7, ranks)
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+    assert not (run.run_folder / "export").exists()
+    return run
+
+
+def copy(run: Run, new_run) -> Run:
+    other = new_run()
+    shutil.copytree(run.run_folder, other.run_folder)
+    return other
+
+
+def assert_equal_runs(run: Run, whole: Run) -> None:
+    names = same_files(run.run_folder / "export", whole.run_folder / "export")
+    assert {"instance_weights.parquet", "model.safetensors"} <= set(names)
+    assert run.metrics() == whole.metrics()
+    assert [line["iteration"] for line in run.metrics()] == list(range(1, ITERATIONS + 1))
+
+
+def test_a_whole_run_keeps_its_newest_checkpoints_and_moves(whole: Run):
+    assert whole.checkpoints() == [12, 14]
+    folder = whole.run_folder / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["iteration-12", "iteration-14"]
+    before, after = (load_file(path / "rank-1.safetensors") for path in sorted(folder.iterdir()))
+    # Else any resume would look exact.
+    assert not before["reweighter.raw_weights"].equal(after["reweighter.raw_weights"])
+    assert len({line["lr"] for line in whole.metrics()}) > 2
+    files = json.loads((folder / "iteration-14" / MANIFEST).read_text())["files"]
+    written = {str(f.relative_to(folder / "iteration-14")) for f in folder.glob("*-14/**/*.*")}
+    assert files.keys() == written - {MANIFEST}
+
+
+def test_sigterm_saves_on_all_ranks_and_exits_with_0(stopped: Run):
+    assert stopped.exit_codes == [0, 0], stopped.log()
+    iteration = stopped.metrics()[-1]["iteration"]
+    assert iteration < ITERATIONS
+    assert stopped.checkpoints()[-1] == iteration
+    assert not (stopped.run_folder / "export").exists()
+    assert f"saved at iteration {iteration}" in stopped.log()
+
+
+def test_the_stopped_run_went_on_from_its_checkpoint(stopped: Run, killed: Run):
+    assert f"resuming from run/checkpoints/iteration-{stopped.checkpoints()[-1]}" in killed.log()
+    assert "damaged" not in killed.log()
+
+
+def test_a_stopped_killed_and_damaged_run_ends_as_the_whole_one(killed: Run, whole: Run, new_run):
+    """One bit of the newest checkpoint is flipped, so that the run goes on from the one before."""
+    run = new_run()
+    shutil.copytree(killed.run_folder, run.run_folder)
+    before, newest = run.checkpoints()[-2:]
+    (file,) = (run.run_folder / "checkpoints" / f"iteration-{newest}").rglob("*_model_states.pt")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    run.finish()
+    assert f"iteration-{newest} is damaged and skipped: the checksum of deepspeed/" in run.log()
+    assert f"resuming from run/checkpoints/iteration-{before}" in run.log()
+    names = same_files(run.run_folder / "export", whole.run_folder / "export")
+    assert {"instance_weights.parquet", "model.safetensors"} <= set(names)
+    assert [line["iteration"] for line in run.metrics()] == list(range(1, ITERATIONS + 1))
+    assert run.metrics() == whole.metrics()
+    assert run.checkpoints() == whole.checkpoints()
+
+
+@pytest.fixture
+def refused(killed: Run, monkeypatch):
+    """Starts the killed run's folder on one rank with other flags; returns the message."""
+
+    def start(*flags: str) -> str:
+        argv = [str(TRAIN), *FLAGS, *map(str, killed.data), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.chdir(killed.folder)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        return str(stop.value)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "2e-3"], "was made with lr = 0.001, but now it is 0.002; set it back"),
+        (["--iteration_num", "20"], "was made with iteration_num = 14, but now it is 20"),
+        (["--num_workers", "0", "--log_every", "5"], "was made by 2 rank(s) and cannot be"),
+        (["--resume", "never"], "already holds a run"),
+    ],
+    ids=["lr", "iteration_num", "world_size", "never"],
+)
+def test_what_contradicts_the_checkpoint_is_refused(refused, flags, message):
+    assert message in refused(*flags)
+
+
+def test_other_data_under_the_same_flags_are_refused(refused, killed: Run, tmp_path: Path):
+    shards = shutil.copytree(killed.data[1], tmp_path / "train")
+    assert "was made by 2 rank(s)" in refused("--train_json_file", str(shards))
+    manifest = shards / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert "was made with train_json_file = shards" in refused("--train_json_file", str(shards))
