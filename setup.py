@@ -17,6 +17,7 @@ setup(
         "deepspeed>=0.17",
         "transformers>=5.0",
         "accelerate>=1.6",
+        "huggingface-hub>=1.0",
         "datasets>=3.0",
         "pillow>=10.3",
         "pyyaml>=6.0",

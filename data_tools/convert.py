@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.json_stream import RecordWriter, stream_records
+from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
 from data_tools.mmmu import join_candidates, write_questions
 from dreamprm_dist.data.schema import (
     MetaRecord,
@@ -119,8 +119,8 @@ def convert_files(
         raise ValueError(f"{out}: this would overwrite an input; choose another name.")
     with RecordWriter(out, overwrite) as writer:
         for path in inputs:
-            root = (path.parent if image_root is None else image_root).resolve()
-            prefix = os.path.relpath(root, out.resolve().parent)
+            root = path.parent if image_root is None else image_root
+            prefix = image_prefix(root, out)
             for line, record in _progress(stream_records(path), path):
                 try:
                     if isinstance(record, RecordError):
@@ -128,21 +128,20 @@ def convert_files(
                     if name_dataset and not record.get("dataset"):
                         record["dataset"] = path.stem
                     converted = convert(record)
-                    if "image" in converted:
-                        converted["image"] = _moved(converted["image"], root, prefix, check_images)
+                    if check_images:
+                        _require_images(converted, root)
                 except RecordError as error:
                     writer.reject(path, line, record, str(error))
                 else:
-                    writer.write(converted)
+                    writer.write(with_prefix(converted, prefix))
     return writer
 
 
-def _moved(image: str | list[str], root: Path, prefix: str, check: bool) -> str | list[str]:
-    if isinstance(image, list):
-        return [_moved(path, root, prefix, check) for path in image]
-    if check and not os.path.isfile(root / image):
-        raise RecordError(f"image {image!r}: not in {root}; correct the path or --image_root.")
-    return image if prefix == os.curdir else os.path.join(prefix, image)
+def _require_images(record: dict, root: Path) -> None:
+    image = record.get("image", [])
+    for path in [image] if isinstance(image, str) else image:
+        if not os.path.isfile(root / path):
+            raise RecordError(f"image {path!r}: not in {root}; correct the path or --image_root.")
 
 
 def _progress(records: Iterable, path: Path) -> Iterator:

@@ -58,6 +58,22 @@ def _parse(line: bytes) -> dict | RecordError:
     return RecordError(f"a record must be a JSON object, not {type(record).__name__}.")
 
 
+def image_prefix(root: Path, out: Path) -> str:
+    """What goes in front of an image path from ``root`` to make it start from ``out``'s folder."""
+    return os.path.relpath(root.resolve(), out.resolve().parent)
+
+
+def with_prefix(record: dict, prefix: str) -> dict:
+    """The record with the prefix before its relative image paths, which stay whole after it."""
+
+    def moved(image: str | list | None) -> str | list | None:
+        if isinstance(image, list):
+            return [moved(path) for path in image]
+        return os.path.join(prefix, image) if image and prefix != os.curdir else image
+
+    return record | {key: moved(record[key]) for key in ("image", "image_path") if key in record}
+
+
 class RecordWriter:
     """Writes ``<name>.jsonl`` and, beside it, ``<name>.rejected.jsonl``.
 

@@ -19,7 +19,7 @@ import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_tools.json_stream import RecordWriter, stream_records
+from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
 from dreamprm_dist.data.images import IMAGE_FORMATS, check_image
 from dreamprm_dist.data.schema import RecordError, parse_meta_record, parse_test_record
 from dreamprm_dist.solutions import candidate_conversation, extract_answer
@@ -47,7 +47,7 @@ def write_questions(
         ValueError: it has several splits and ``split`` chooses none of them.
     """
     image_dir = out.with_name(f"{out.stem}_images") if image_dir is None else image_dir
-    prefix = os.path.relpath(image_dir.resolve(), out.resolve().parent)
+    prefix = image_prefix(image_dir, out)
     rows = _rows(source, split)
     seen: set[str] = set()
     with RecordWriter(out, overwrite) as writer:
@@ -193,6 +193,9 @@ def join_candidates(
         FileNotFoundError: a file is missing.
         ValueError: ``out`` is taken, or nothing could be joined.
     """
+    if out.resolve() in (questions.resolve(), candidates.resolve()):
+        raise ValueError(f"{out}: this would overwrite an input; choose another name.")
+    prefix = image_prefix(questions.parent, out)
     with RecordWriter(out, overwrite) as writer:
         by_question: dict[str, list[tuple[int, dict]]] = {}
         for line, candidate in stream_records(candidates):
@@ -216,7 +219,7 @@ def join_candidates(
                 if not judged:
                     raise RecordError("no candidate was given for this question.")
                 for record in _joined(question, judged, kind):
-                    writer.write(record)
+                    writer.write(with_prefix(record, prefix))
             except RecordError as error:
                 writer.reject(questions, line, question, str(error))
         for left in by_question.values():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -155,7 +156,8 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
     }
     try:
         if original:
-            image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+            if (image_token_id := tokenizer.get_vocab().get(IMAGE_CONTEXT)) is None:
+                raise ValueError(f"its tokenizer lacks {IMAGE_CONTEXT}; give InternVL3's own")
             config = layout.from_original_config(config_dict, image_token_id)
             state = layout.read_original_state(name_or_path)
             state = layout.from_original_state(state, config.tie_word_embeddings)
@@ -167,6 +169,9 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
                 name_or_path, use_safetensors=True, **options
             )
         _check_tensors(info)
+    except StrictDataclassError as error:  # a value of another type, which transformers refuses
+        why = " ".join(str(error).split())
+        raise ValueError(f"model {name_or_path}: its config.json is wrong ({why})") from error
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"model {name_or_path}: {error}") from error
     _remove_dropout(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +58,14 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
                 f"{folder} holds neither a run (metrics.jsonl) nor a demo (summary.json); name a "
                 "run folder of launch/train.py"
             )
+    paths = [folder.resolve() for folder in folders]
+    if len({*paths}) < len(paths):
+        raise ValueError("a run folder is named twice; name each once")
     runs = [Run.read(folder) for folder in folders]
-    if len({run.name for run in runs}) < len(runs):  # as runs of several seeds have
-        runs = [replace(run, name=str(f)) for run, f in zip(runs, folders, strict=True)]
+    if len({run.name for run in runs}) < len(runs):  # runs of several seeds have one name
+        common = os.path.commonpath(paths)
+        names = (str(path.relative_to(common)) for path in paths)
+        runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     found = [folder / "evaluation" / "results.json" for folder in folders]
     results = results or next(filter(Path.is_file, found), None)
     evaluation = read_json(results) if results else None

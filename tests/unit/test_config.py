@@ -1,11 +1,12 @@
 """Configuration: defaults < recipe < command line, and nothing unknown is accepted."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dreamprm_dist.config import parse_train_config, save_config
+from dreamprm_dist.config import parse_args, parse_train_config, save_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -119,3 +120,16 @@ def test_saved_yaml_is_flat(tmp_path: Path):
     save_config(parse_train_config([]), tmp_path / "config.yaml")
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved == parse_train_config([]).as_dict()
+
+
+def test_a_list_in_a_recipe(tmp_path):
+    @dataclasses.dataclass
+    class Several:
+        model: list[str] = dataclasses.field(default_factory=lambda: ["a"])
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: [b, c=d]")
+    (config,) = parse_args((Several,), ["--config", str(recipe)], "")
+    assert config.model == ["b", "c=d"]
+    (config,) = parse_args((Several,), ["--config", str(recipe), "--model", "e"], "")
+    assert config.model == ["e"]

@@ -195,3 +195,14 @@ def test_step_labels_and_meta_groups(tmp_path) -> None:
     file.write_text(meta % records[0] + "{}\n")
     with pytest.raises(ValueError, match="record 2"):
         read_meta_questions(str(file))
+
+
+def test_renaming_images_changes_nothing() -> None:
+    prms = {"a": candidates(1, 0.3), "b": candidates(2, 0.6)}
+    before = compare(prms, {"a": "mean", "b": "last"})
+    for rows in prms.values():
+        for row in rows:
+            row.images = [f"renamed/{int(row.images[0].removesuffix('.png')) * 7 % 23}.jpg"]
+    after = compare(prms, {"a": "mean", "b": "last"})
+    del before["judged"], after["judged"]  # they hold the names
+    assert before == after

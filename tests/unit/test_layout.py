@@ -275,6 +275,7 @@ def test_a_tied_head_may_be_there_when_it_is_the_same(checkpoint) -> None:
         (None, "force_image_size", 32, "force_image_size is 32"),
         (None, "vision_config", None, "no vision_config"),
         ("llm_config", "model_type", "internlm2", "'internlm2'"),
+        ("llm_config", "hidden_size", "wide", "config.json is wrong .*'hidden_size'"),
     ],
 )
 def test_a_config_that_is_another_model(checkpoint, section, name, value, says) -> None:
@@ -296,6 +297,15 @@ def test_pickled_weights_and_a_missing_tokenizer(checkpoint) -> None:
     for file in folder.glob("*token*"):
         file.unlink()
     with pytest.raises(ValueError, match="tokenizer"):
+        load_prm(str(folder))
+
+
+@pytest.mark.parametrize("checkpoint", [False], indirect=True, ids=["untied"])
+def test_a_tokenizer_without_the_image_token(checkpoint) -> None:
+    folder, _ = checkpoint
+    for file in folder.glob("*token*"):
+        file.write_text(file.read_text().replace(IMAGE_CONTEXT, "<other>"))
+    with pytest.raises(ValueError, match="its tokenizer lacks <IMG_CONTEXT>"):
         load_prm(str(folder))
 
 

@@ -232,7 +232,9 @@ def test_runs_of_one_name_are_told_apart(folder: Path):
     shutil.copytree(folder / "baseline", other)
     page = write_run_report([folder / "baseline", other], folder / "two.html", None).read_text()
     names = [row[0] for row in Outline(page).rows if row[1:2] == ["100"]]
-    assert len(names) == 2 and len({*names}) == 2
+    assert names == ["Demo/baseline", "Second/baseline"]
+    with pytest.raises(ValueError, match="named twice"):
+        write_run_report([other, other], folder / "two.html", None)
 
 
 def test_hostile_text_stays_text(folder: Path):
