@@ -170,10 +170,7 @@ class BilevelTrainer:
         After SIGTERM or SIGUSR1 to any rank the run ends early, with a checkpoint to go on from.
         """
         run, is_main = self.config.run, distributed.rank() == 0
-        done = 0
-        if self.checkpoint is not None:
-            load_checkpoint(self.checkpoint, self.engine, self.reweighter)
-            done = self.checkpoint.iteration
+        done = self.checkpoint.iteration if self.checkpoint else 0
         if is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_folder / "config.yaml")
@@ -191,6 +188,8 @@ class BilevelTrainer:
             if self.config.unweighted
             else self._stream(self.meta_batches, run.iteration_num, done)
         )
+        if self.checkpoint:  # after the streams, whose workers' seeds are drawn from the RNG
+            load_checkpoint(self.checkpoint, self.engine, self.reweighter)
         progress = tqdm(
             range(done + 1, run.iteration_num + 1),
             desc=self._label(),

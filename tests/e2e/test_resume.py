@@ -201,6 +201,9 @@ def test_a_stopped_killed_and_damaged_run_ends_as_the_whole_one(killed: Run, who
     assert [line["iteration"] for line in run.metrics()] == list(range(1, ITERATIONS + 1))
     assert run.metrics() == whole.metrics()
     assert run.checkpoints() == whole.checkpoints()
+    for rank in (0, 1):  # rows, moments, RNG
+        file = f"checkpoints/iteration-{ITERATIONS}/rank-{rank}.safetensors"
+        assert (run.run_folder / file).read_bytes() == (whole.run_folder / file).read_bytes()
 
 
 @pytest.fixture
