@@ -14,7 +14,7 @@ from dreamprm_dist.data.collate import InputFormat
 from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.hypergradient.jvp import jvp
-from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.losses import Observation, instance_losses
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 
 pytestmark = [
@@ -32,12 +32,13 @@ def batch_for(prm, model: Path, shards: Path):
     return batches[0][0]
 
 
-def losses_of(prm, batch):
-    def losses(parameters):
-        logits = functional_call(prm, dict(parameters), (batch,))
-        return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+def observer(prm, batch):
+    def observe(parameters):
+        logits = functional_call(prm, dict(parameters), (batch,)).logits
+        losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        return Observation(losses, losses.new_zeros(0, 0))
 
-    return losses
+    return observe
 
 
 def test_cuda_gives_the_cpus_losses_and_products(tiny_prm_dir: Path, tiny_shards: Path):
@@ -47,11 +48,11 @@ def test_cuda_gives_the_cpus_losses_and_products(tiny_prm_dir: Path, tiny_shards
         prm = load_prm(str(tiny_prm_dir), "fp32", device).train()
         batch = batch_for(prm, tiny_prm_dir, tiny_shards / "train").to(device)
         parameters = dict(prm.named_parameters())
-        losses = losses_of(prm, batch)
-        v = torch.autograd.grad(losses(parameters).mean(), list(parameters.values()))
+        observe = observer(prm, batch)
+        v = torch.autograd.grad(observe(parameters).losses.mean(), list(parameters.values()))
         with prm.forward_mode():
-            products = jvp(losses, parameters, dict(zip(parameters, v, strict=True)))
-        results.append((losses(parameters).detach().cpu(), products.cpu()))
+            products = jvp(observe, parameters, dict(zip(parameters, v, strict=True)))[1].losses
+        results.append((observe(parameters).losses.detach().cpu(), products.cpu()))
     for cpu, cuda in zip(*results, strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)  # float32 sums, other orders
 
@@ -65,11 +66,12 @@ def test_flash_attention_agrees_with_sdpa_and_gives_way_to_the_jvp(
     assert prm.model.config._attn_implementation == "flash_attention_2"
     batch = batch_for(prm, tiny_prm_dir, tiny_shards / "train").to(device)
     parameters = dict(prm.named_parameters())
-    losses = losses_of(prm, batch)
-    flash = losses(parameters)
+    observe = observer(prm, batch)
+    flash = observe(parameters).losses
     with prm.forward_mode():
-        math = losses(parameters)
-        products = jvp(losses, parameters, {n: torch.ones_like(p) for n, p in parameters.items()})
+        math = observe(parameters).losses
+        ones = {n: torch.ones_like(p) for n, p in parameters.items()}
+        products = jvp(observe, parameters, ones)[1].losses
     assert prm.model.config._attn_implementation == "flash_attention_2"
     torch.testing.assert_close(flash, math, rtol=0.03, atol=0.03)  # bf16: 8 bits
     assert products.isfinite().all()

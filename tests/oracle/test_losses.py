@@ -112,7 +112,7 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
     parameters = dict(prm.named_parameters())
 
     def losses(parameters):
-        logits = functional_call(prm, dict(parameters), (batch,))
+        logits = functional_call(prm, dict(parameters), (batch,)).logits
         return instance_losses(logits, batch.step_targets, batch.step_rows, 2)
 
     with LargestOutput(vocabulary, hidden) as seen:
