@@ -22,7 +22,7 @@ from PIL import Image
 from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
 from dreamprm_dist.data.images import IMAGE_FORMATS, check_image
 from dreamprm_dist.data.schema import RecordError, parse_meta_record, parse_test_record
-from dreamprm_dist.solutions import candidate_conversation, extract_answer
+from dreamprm_dist.solutions import extract_answer, split_steps, steps_conversation
 
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
 _BATCH_ROWS = 8  # a row may hold seven images of megabytes
@@ -254,7 +254,7 @@ def _joined(question: dict, judged: list[tuple[str, bool]], kind: str) -> list[d
     records = []
     for response, right in judged:
         try:
-            conversations = candidate_conversation(question["question"], response)
+            conversations = steps_conversation(question["question"], split_steps(response))
         except ValueError as error:
             raise RecordError(str(error)) from error
         record = {

@@ -54,6 +54,7 @@ def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
         trainer._metrics(i, trainer.iteration(lower, meta)) for i in range(1, ITERATIONS + 1)
     ]
     gathered = trainer.instance_weights()
+    v = torch.stack(directions)
     untouched = meta_step_leaves_the_engine_as_it_is(trainer)
     return {
         "metrics": {
@@ -61,7 +62,7 @@ def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
             for key in metrics[0]
             if not key.startswith(("seconds", "samples", "peak", "weight_domains"))
         },
-        "v": torch.stack(directions),
+        "v": v,
         "weights": None if gathered is None else gathered[1],
         "untouched": untouched,
     }
