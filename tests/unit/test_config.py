@@ -105,7 +105,9 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
     ("argv", "message"),
     [
         (["--learning_rate", "1"], "unknown flag 'learning_rate'; the nearest valid one is"),
-        (["--rollback"], "rollback is not available yet"),
+        (["--hypergradient_scope", "last_0_layers"], "hypergradient_scope 'last_0_layers'"),
+        (["--hypergradient=gradient_dot", "--differentiate_weights"], "gradient_dot cannot"),
+        (["--reweighter=instance_net", "--activation_function=Project"], "Project is for"),
         (["--retrain", "--baseline"], "choose one of the two"),
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
         (["--activation_function", "Clip", "--initialization", "4"], "lies outside"),

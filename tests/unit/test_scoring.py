@@ -68,7 +68,7 @@ def plain(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUE
     for steps in solutions:
         conversation = steps_conversation(question, steps)
         instance = encode_instance(conversation, images, tokenizer, format)
-        logits = prm.eval()(collate([instance], tokenizer.pad_token_id))
+        logits = prm.eval()(collate([instance], tokenizer.pad_token_id)).logits
         result.append(step_scores(logits, label_token_ids(tokenizer)["+"]).tolist())
     return result
 
