@@ -6,9 +6,9 @@ loss at the resulting theta. After an unroll of lower steps to theta',
     v = grad_theta L_meta(theta'),    dL/dw_i = -(1/G) <grad l_i(theta'), v>,
 
 the one-step hypergradient of DARTS (arXiv:1806.09055) without the factor lr, for the G instances of
-the last lower batch. With `unroll_window: all` each lower batch receives it, at the parameters right
-after its own step and with v taken there, from one meta batch for the whole unroll. With `rollback`
-the unroll is then undone and taken again with the new weights.
+the last lower batch. With `unroll_window: all` each lower batch receives it, at the parameters
+right after its own step and with v taken there, from one meta batch for the whole unroll. With
+`rollback` the unroll is then undone and taken again with the new weights.
 """
 
 from __future__ import annotations
