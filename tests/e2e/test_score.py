@@ -125,7 +125,11 @@ def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["line"] for row in rows] == [*range(1, 9)]
     best = prm.best_of_n(image, "What?", ["A\n\nB", "C"])
-    assert rows[0] == {"line": 1, "id": "steps", "step_scores": prm.score(image, "What?", "AB")}
+    assert rows[0] == {
+        "line": 1,
+        "id": "steps",
+        "step_scores": prm.score(image, "What?", ["A", "B"]),
+    }
     expected = {"line": 2, "id": 7, "step_scores": best.step_scores, "scores": best.scores}
     assert rows[1] == expected | {"best": best.index}
     says = [
