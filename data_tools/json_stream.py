@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dreamprm_dist.data.schema import RecordError, read_json_records
+from dreamprm_dist.data.schema import RecordError, read_json_records, starts_with_bracket
 
 MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -24,7 +24,7 @@ def stream_records(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]
         RecordError: a JSON list that does not parse.
     """
     path = Path(path)
-    if not path.is_file() or _is_list(path):
+    if not path.is_file() or starts_with_bracket(path):
         yield from read_json_records(path)
         return
     with path.open("rb") as file:
@@ -37,14 +37,6 @@ def stream_records(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]
                 yield number, RecordError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB.")
             elif line.removeprefix(_BOM).strip():
                 yield number, _parse(line)
-
-
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(_BOM).lstrip()
-        while not start and (block := file.read(4096)):
-            start = block.lstrip()
-    return start.startswith(b"[")
 
 
 def _parse(line: bytes) -> dict | RecordError:

@@ -80,7 +80,7 @@ class JsonRecords:
         if not self.path.is_file():
             what = "is a folder, not a file" if self.path.is_dir() else "no such file"
             raise FileNotFoundError(f"{self.path}: {what}; give a JSON list or a JSONL file.")
-        self._list = _load_list(self.path) if _starts_with_bracket(self.path) else None
+        self._list = _load_list(self.path) if starts_with_bracket(self.path) else None
 
     def __iter__(self) -> Iterator[tuple[int, int, dict | RecordError]]:
         """Yield (1-based line or list index, position for `at`, record or what is wrong)."""
@@ -238,7 +238,8 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
     return question, _parse_images(record.get("image_path"), "image_path"), solutions
 
 
-def _starts_with_bracket(path: Path) -> bool:
+def starts_with_bracket(path: Path) -> bool:
+    """Whether a file holds a JSON list, not JSONL."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
         while not start and (block := file.read(4096)):
