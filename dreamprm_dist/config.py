@@ -113,7 +113,11 @@ class UpperConfig:
     unroll_window: Literal["last", "all"] = flag(
         "last", "Lower batches of an unroll that receive a hypergradient."
     )
-    meta_batch_size: int = flag(1, "Meta solutions a rank and micro-batch.")
+    meta_batch_size: int = flag(1, "Meta solutions (or questions) a rank and micro-batch.")
+    group_meta_by_question: bool = flag(
+        False,
+        "Draw whole meta questions, counted by meta_batch_size; one vision pass for each image.",
+    )
     meta_gradient_accumulation: int = flag(1, "Meta micro-batches an upper step.")
     meta_lr: float = flag(1e-1, "Learning rate of the weights.")
     meta_momentum: float = flag(0.9, "First beta of AdamW on the upper level.")

@@ -148,7 +148,7 @@ class Engine:
         Taken around DeepSpeed: ZeRO's state stays as it is.
 
         Args:
-            micro_batches: this rank's part of the meta batch, of equal size.
+            micro_batches: this rank's part of the meta batch.
             loss: what the PRM says and the batch to losses (B,).
 
         Returns:
@@ -160,13 +160,16 @@ class Engine:
         constants = {
             name: p.detach() for name, p in self.parameters.items() if name not in self._scope
         }
+        size = torch.tensor(float(sum(map(len, micro_batches))), device=self.device)
+        # Averaging over ranks divides by their number once more.
+        scale = distributed.world_size() / distributed.all_reduce_sum(size)
         total: list[Tensor] | None = None
         all_losses = []
         for batch in micro_batches:
             output = functional_call(self.module, constants, (batch,))
             losses = loss(output, batch)
-            gradients = torch.autograd.grad(
-                losses.mean() / len(micro_batches), parameters, materialize_grads=True
+            gradients = _apart(
+                torch.autograd.grad(losses.sum() * scale, parameters, materialize_grads=True)
             )
             all_losses.append(losses.detach())
             if total is None:
@@ -257,6 +260,20 @@ class Engine:
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
+
+
+def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The same gradients, none in the memory of another, so that each may be changed in place.
+
+    Autograd returns views of one tensor where parameters have one gradient, as the class token and
+    its position embedding when the batch has a single tile.
+    """
+    seen, apart = set(), []
+    for gradient in gradients:
+        storage = gradient.untyped_storage().data_ptr()
+        apart.append(gradient.clone() if storage in seen else gradient)
+        seen.add(storage)
+    return apart
 
 
 def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:

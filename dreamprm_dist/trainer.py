@@ -116,7 +116,11 @@ class BilevelTrainer:
         self.reweighter = None
         if not config.unweighted:
             self.meta_batches = self._batches(
-                meta_shards, UPPER, upper.meta_batch_size, upper.meta_gradient_accumulation
+                meta_shards,
+                UPPER,
+                upper.meta_batch_size,
+                upper.meta_gradient_accumulation,
+                upper.group_meta_by_question,
             )
             self.reweighter = REWEIGHTERS[upper.reweighter](
                 upper,
@@ -147,7 +151,12 @@ class BilevelTrainer:
         return checkpoint
 
     def _batches(
-        self, shards: ShardFolder, level: int, batch_size: int, accumulation: int
+        self,
+        shards: ShardFolder,
+        level: int,
+        batch_size: int,
+        accumulation: int,
+        by_question: bool = False,
     ) -> RankBatches:
         world_size = distributed.world_size()
         global_batch_size = batch_size * accumulation * world_size
@@ -162,6 +171,7 @@ class BilevelTrainer:
             level,
             distributed.rank(),
             world_size,
+            by_question,
         )
         batches.check_lengths()
         return batches
@@ -328,7 +338,9 @@ class BilevelTrainer:
         lower: LowerStep = values["lower"]
         sums = [lower.losses.sum(), (lower.weights * lower.losses).sum()]
         if "meta_losses" in values:
-            sums += [values["meta_losses"].sum(), values["hypergradient_squared_norm"]]
+            meta_losses = values["meta_losses"]
+            sums += [meta_losses.sum(), values["hypergradient_squared_norm"]]
+            sums += [torch.ones_like(meta_losses).sum()]
         totals = distributed.all_reduce_sum(torch.stack([s.double() for s in sums])).tolist()
         size = self.train_batches.global_batch_size
         instances = size * self.config.upper.unroll_steps
@@ -342,7 +354,7 @@ class BilevelTrainer:
         }
         if "meta_losses" in values:
             metrics |= {
-                "meta_loss": totals[2] / self.meta_batches.global_batch_size,
+                "meta_loss": totals[2] / totals[4],
                 "meta_lr": values["meta_lr"],
                 "meta_gradient_norm": values["meta_gradient_norm"],
                 "hypergradient_norm": math.sqrt(totals[3]),

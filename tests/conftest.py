@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a tiny model, a small data set, the reference facts."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,15 @@ def reference_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -> Path:
-    """The small demo data set in 4 shards a level: folders `train` and `meta`."""
+    """The small demo data set in 4 shards a level: folders `train` and `meta`.
+
+    The first meta question has one solution, the other seven have four.
+    """
     out = tmp_path_factory.mktemp("shards")
     shard_file(tiny_data_dir / "train.json", out / "train", "training", 4, progress=False)
-    shard_file(tiny_data_dir / "meta.json", out / "meta", "meta", 4, progress=False)
+    meta = out / "meta.json"
+    meta.write_text(json.dumps(json.loads((tiny_data_dir / "meta.json").read_text())[3:]))
+    shard_file(meta, out / "meta", "meta", 4, progress=False, image_root=tiny_data_dir)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,24 +33,28 @@ class InputFormat:
 
 @dataclass
 class Instance:
-    """One encoded conversation with its image tiles, shape (tiles, 3, size, size)."""
+    """One encoded conversation and, for each of its images, tiles (tiles, 3, size, size)."""
 
     encoded: EncodedConversation
-    pixel_values: Tensor
+    images: list[Tensor]
     sample_id: int = -1
     true_false: bool = False
 
 
 @dataclass
 class Batch:
-    """B instances, right-padded to L tokens, with T tiles and n scored steps in all.
+    """B instances, right-padded to L tokens, with n scored steps in all.
+
+    They show T tiles, of which U differ: an image that several of them show is held, and seen by
+    the vision tower, once.
 
     Attention is causal, so padding on the right changes nothing to its left and no attention mask
     is needed.
 
     Attributes:
         input_ids: (B, L) int64.
-        pixel_values: (T, 3, size, size) float32, or None when no instance has an image.
+        pixel_values: (U, 3, size, size) float32, or None when no instance has an image.
+        shown_tiles: (T,) the place in `pixel_values` of each tile in the order of the tokens.
         step_rows: (n,) the instance that each step belongs to, ascending.
         step_positions: (n,) the position in that instance whose logits score the step.
         step_targets: (n,) token ids of the labels, `IGNORE_INDEX` where unlabelled.
@@ -59,6 +64,7 @@ class Batch:
 
     input_ids: Tensor
     pixel_values: Tensor | None
+    shown_tiles: Tensor
     step_rows: Tensor
     step_positions: Tensor
     step_targets: Tensor
@@ -87,13 +93,21 @@ def encode_instance(
     format: InputFormat,
     sample_id: int = -1,
     true_false: bool = False,
+    tiled: dict[bytes, Tensor] | None = None,
 ) -> Instance:
     """Tile the images and encode the conversation.
+
+    Args:
+        tiled: tiles of images that other instances of the batch show; this one's are added.
 
     Raises:
         ValueError: the instance is longer than `format.max_length`, or see `encode_conversation`.
     """
-    tiles = [image_tiles(data, format.max_tiles, format.tile_size) for data in images]
+    tiled = {} if tiled is None else tiled
+    for data in images:
+        if data not in tiled:
+            tiled[data] = image_tiles(data, format.max_tiles, format.tile_size)
+    tiles = [tiled[data] for data in images]
     encoded = encode_conversation(
         conversations,
         tokenizer,
@@ -107,8 +121,7 @@ def encode_instance(
             f"{format.max_length}; lower max_patch_num, now {format.max_tiles}, or leave the "
             "record out"
         )
-    pixel_values = torch.cat(tiles) if tiles else torch.empty(0, 3, *[format.tile_size] * 2)
-    return Instance(encoded, pixel_values, sample_id, true_false)
+    return Instance(encoded, tiles, sample_id, true_false)
 
 
 def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
@@ -117,7 +130,13 @@ def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
     input_ids = torch.full((len(instances), max(lengths)), pad_token_id)
     for row, instance in enumerate(instances):
         input_ids[row, : lengths[row]] = torch.tensor(instance.encoded.input_ids)
-    pixel_values = torch.cat([instance.pixel_values for instance in instances])
+    shown = [image for instance in instances for image in instance.images]
+    different = list({id(image): image for image in shown}.values())
+    starts = accumulate((len(image) for image in different), initial=0)
+    places = {
+        id(image): range(start, start + len(image))
+        for image, start in zip(different, starts, strict=False)
+    }
     steps = [
         (row, position, target)
         for row, instance in enumerate(instances)
@@ -128,7 +147,8 @@ def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
     step_rows, step_positions, step_targets = torch.tensor(steps).T.contiguous()
     return Batch(
         input_ids,
-        pixel_values if len(pixel_values) else None,
+        torch.cat(different) if different else None,
+        torch.tensor([place for image in shown for place in places[id(image)]], dtype=torch.long),
         step_rows,
         step_positions,
         step_targets,

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.collate import Batch, InputFormat, collate, encode_instance
+from dreamprm_dist.data.collate import Batch, InputFormat, Instance, collate, encode_instance
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.preemption import leave_signals_to_the_rank
@@ -21,7 +23,8 @@ from dreamprm_dist.prm.tiling import num_tiles
 class RankBatches(Dataset):
     """Item t is this rank's part of global batch t: a list of micro-batches of equal size.
 
-    Instances are sorted by length within the part, so that little padding is wasted.
+    They are sorted by length within the part, so that little padding is wasted. With `by_question`
+    sizes count questions, and a question brings all of its solutions.
     """
 
     shards: ShardFolder
@@ -33,26 +36,41 @@ class RankBatches(Dataset):
     level: int
     rank: int
     world_size: int
+    by_question: bool = False
+
+    def __post_init__(self):
+        self._questions: list[list[range]] = []
+        self._draws_per_shard = self.shards.rows_per_shard
+        if self.by_question:
+            shards = range(self.shards.num_shards)
+            self._questions = [self.shards.questions(shard) for shard in shards]
+            self._draws_per_shard = [len(questions) for questions in self._questions]
 
     def __getitem__(self, step: int) -> list[Batch]:
         draws = rank_draws(
             step,
             self.global_batch_size,
-            self.shards.rows_per_shard,
+            self._draws_per_shard,
             self.seed,
             self.level,
             self.rank,
             self.world_size,
         )
-        instances = [self._instance(*draw) for draw in draws]
-        instances.sort(key=lambda instance: len(instance.encoded.input_ids))
+        tiled: dict[bytes, Tensor] = {}
+        drawn = [[self._instance(*place, tiled) for place in self._rows(*draw)] for draw in draws]
+        drawn.sort(key=lambda instances: max(len(i.encoded.input_ids) for i in instances))
         size = self.micro_batch_size
         return [
-            collate(instances[i : i + size], self.tokenizer.pad_token_id)
-            for i in range(0, len(instances), size)
+            collate(list(chain(*drawn[i : i + size])), self.tokenizer.pad_token_id)
+            for i in range(0, len(drawn), size)
         ]
 
-    def _instance(self, shard: int, row: int):
+    def _rows(self, shard: int, index: int) -> list[tuple[int, int]]:
+        """What a draw stands for: a row, or all rows of a question."""
+        rows = self._questions[shard][index] if self.by_question else [index]
+        return [(shard, row) for row in rows]
+
+    def _instance(self, shard: int, row: int, tiled: dict[bytes, Tensor] | None = None) -> Instance:
         record = self.shards.read(shard, row)
         try:
             return encode_instance(
@@ -62,6 +80,7 @@ class RankBatches(Dataset):
                 self.format,
                 record["sample_id"],
                 record.get("true_false", False),
+                tiled,
             )
         except ValueError as error:
             raise ValueError(_named(self.shards, record, error)) from error

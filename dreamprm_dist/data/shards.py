@@ -10,7 +10,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -125,6 +125,18 @@ class ShardFolder:
         except (pa.ArrowException, OSError) as error:
             raise self._broken(shard, error) from error
         return [json.loads(value) for value in values] if name == "conversations" else values
+
+    def questions(self, shard: int) -> list[range]:
+        """The rows of each question in a shard of a meta folder; a question's rows follow another.
+
+        Raises:
+            ValueError: a training folder, whose records are no candidates for a question.
+        """
+        starts, ids = [], self.read_column(shard, "group_id")
+        for row, group in enumerate(ids):
+            if row == 0 or group != ids[row - 1]:
+                starts.append(row)
+        return [range(a, b) for a, b in pairwise([*starts, len(ids)])]
 
     def verify(self) -> None:
         """Compare every shard's SHA-256 with the manifest's; reads every byte.

@@ -66,19 +66,40 @@ class PRM(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         """Logits and hidden states at the batch's n step positions."""
-        hidden = self.model.model(
-            input_ids=batch.input_ids, pixel_values=batch.pixel_values, use_cache=False
+        if batch.pixel_values is not None:
+            features = self.image_features(batch.pixel_values)[batch.shown_tiles]
+            embeddings = self.embed(batch.input_ids, features.flatten(0, 1))
+        else:
+            embeddings = self.embed(batch.input_ids)
+            if self.training:
+                embeddings = embeddings + 0.0 * self._blank_image_features().sum()
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeddings, use_cache=False
         ).last_hidden_state
         hidden = hidden[batch.step_rows, batch.step_positions]
-        if batch.pixel_values is None and self.training:
-            hidden = hidden + 0.0 * self._blank_image_features().sum()
         return StepOutput(self.model.lm_head(hidden), hidden)
+
+    def image_features(self, tiles: Tensor) -> Tensor:
+        """Tiles (T, 3, size, size) to what the language model sees of them: (T, tokens, width)."""
+        return self.model.get_image_features(tiles).pooler_output
+
+    def embed(self, input_ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, width) of tokens (B, L).
+
+        Args:
+            features: (image tokens, width) what stands at the image tokens, in their order.
+        """
+        embeddings = self.model.get_input_embeddings()(input_ids)
+        if features is None:
+            return embeddings
+        mask = (input_ids == self.model.config.image_token_id)[..., None]
+        return embeddings.masked_scatter(mask, features.to(embeddings.dtype))
 
     def _blank_image_features(self) -> Tensor:
         # Every parameter must take part in every backward pass: ZeRO reduces gradients in the order
         # in which they appear, which must be the same on all ranks, also on one without an image.
         tile = torch.zeros(1, 3, self.tile_size, self.tile_size, device=self.model.device)
-        return self.model.get_image_features(tile).pooler_output
+        return self.image_features(tile)
 
     @contextlib.contextmanager
     def forward_mode(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def step_logits(
     backbone, device = prm.model.model, prm.model.device
     features = None
     if len(pixel_values):
-        features = backbone.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+        features = prm.image_features(pixel_values).flatten(0, 1)
     length = shared_length(conversations)
     prefix = torch.tensor([conversations[0].input_ids[:length]], device=device)
     rest = [torch.tensor(c.input_ids[length:]) for c in conversations]
@@ -49,12 +49,14 @@ def step_logits(
     if length:
         cache = DynamicCache(config=backbone.config.text_config)
         shown = int((prefix == backbone.config.image_token_id).sum())
-        embeddings = _embed(prm, prefix, None if features is None else features[:shown])
+        embeddings = prm.embed(prefix, None if features is None else features[:shown])
         backbone.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(conversations))
         features = None if features is None else features[shown:]
+    if features is not None:
+        features = features.repeat(len(conversations), 1)
     hidden = backbone.language_model(
-        inputs_embeds=_embed(prm, rest, features), past_key_values=cache, use_cache=bool(length)
+        inputs_embeds=prm.embed(rest, features), past_key_values=cache, use_cache=bool(length)
     ).last_hidden_state
 
     rows = [row for row, c in enumerate(conversations) for _ in c.step_positions]
@@ -68,13 +70,3 @@ def shared_length(conversations: Sequence[EncodedConversation]) -> int:
     columns = zip(*(c.input_ids for c in conversations), strict=False)
     common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     return min(common, *(c.step_positions[0] for c in conversations))
-
-
-def _embed(prm: PRM, input_ids: Tensor, features: Tensor | None) -> Tensor:
-    """Embeddings (B, L, width); each row shows all of `features` (image tokens, width) in order."""
-    backbone = prm.model.model
-    embeddings = backbone.get_input_embeddings()(input_ids)
-    if features is None or not len(features):
-        return embeddings
-    mask = (input_ids == backbone.config.image_token_id)[..., None]
-    return embeddings.masked_scatter(mask, features.to(embeddings.dtype).repeat(len(input_ids), 1))

@@ -55,6 +55,7 @@ OPTIONS = {
     "--differentiate_weights --activation_function sigmoid --meta_gradient_clipping 0.001",
     "domain_table": "--reweighter domain_table",
     "uniform": "--reweighter uniform",
+    "by_question": "--group_meta_by_question",
 }
 VARIANTS = {
     1: {f"one_{name}": {"flags": [*batches(8), *flags.split()]} for name, flags in OPTIONS.items()}
@@ -103,7 +104,11 @@ def runs(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> dict:
 
 
 def plain_torch_run(
-    model: Path, shards: Path, window_all: bool = False, rollback: bool = False
+    model: Path,
+    shards: Path,
+    window_all: bool = False,
+    rollback: bool = False,
+    by_question: bool = False,
 ) -> dict:
     """The run written out in plain PyTorch: dense table, no ranks, one backward an instance."""
     torch.set_num_threads(1)
@@ -114,7 +119,7 @@ def plain_torch_run(
     format = InputFormat(6, prm.tile_size, prm.tokens_per_tile, label_context="data")
     folders = [ShardFolder(shards / kind) for kind in ("train", "meta")]
     lower, meta = (
-        RankBatches(folder, tokenizer, format, SIZE, SIZE, 1, level, 0, 1)
+        RankBatches(folder, tokenizer, format, SIZE, SIZE, 1, level, 0, 1, level and by_question)
         for level, folder in enumerate(folders)
     )
     table = torch.ones(folders[0].num_rows)
@@ -184,6 +189,7 @@ def plain_torch_run(
         ("one_rank", {}),
         ("one_window_all", {"window_all": True}),
         ("one_rollback", {"rollback": True}),
+        ("one_by_question", {"by_question": True}),
     ],
 )
 def test_one_rank_is_the_run_in_plain_pytorch(

@@ -103,6 +103,7 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
     batch = Batch(
         ids,
         torch.randn(2, 3, 28, 28),
+        torch.arange(2),
         torch.tensor([0, 0, 1]),
         torch.tensor([100, 399, 300]),
         torch.tensor([10, 12, 10]),

@@ -1,0 +1,114 @@
+"""Batches of whole questions, and images that several instances of a batch show."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamprm_dist.data.collate import Batch, InputFormat, collate
+from dreamprm_dist.data.loader import RankBatches
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.losses import meta_losses
+from dreamprm_dist.prm.chat import label_token_ids
+from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def prm(tiny_prm_dir: Path) -> PRM:
+    return load_prm(str(tiny_prm_dir), "fp32").double()
+
+
+def questions(shards: Path, model: Path, size: int, **place) -> RankBatches:
+    """Meta batches of `size` questions."""
+    prm = load_prm(str(model), "fp32")
+    format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
+    place = {"rank": 0, "world_size": 1} | place
+    return RankBatches(
+        ShardFolder(shards / "meta"),
+        load_tokenizer(str(model)),
+        format,
+        size,
+        size // place["world_size"],
+        seed=1,
+        level=1,
+        by_question=True,
+        **place,
+    )
+
+
+@pytest.fixture
+def whole(tiny_shards: Path, tiny_prm_dir: Path) -> Batch:
+    """Four questions."""
+    (batch,) = questions(tiny_shards, tiny_prm_dir, 4)[0]
+    return batch
+
+
+def meta_rows(shards: Path) -> Iterator[dict]:
+    folder = ShardFolder(shards / "meta")
+    for shard, rows in enumerate(folder.rows_per_shard):
+        yield from (folder.read(shard, row) for row in range(rows))
+
+
+def test_a_question_brings_all_of_its_solutions(tiny_shards: Path, tiny_prm_dir: Path):
+    group_of = {row["sample_id"]: row["group_id"] for row in meta_rows(tiny_shards)}
+    members: dict[int, set[int]] = {}
+    for sample_id, group in group_of.items():
+        members.setdefault(group, set()).add(sample_id)
+    assert sorted(map(len, members.values())) == [1] + [4] * 7
+    drawn = []
+    for rank in (0, 1):
+        batches = questions(tiny_shards, tiny_prm_dir, 4, rank=rank, world_size=2)
+        for step in (0, 1):
+            (batch,) = batches[step]
+            ids = batch.sample_ids.tolist()
+            groups = {group_of[i] for i in ids}
+            assert len(groups) == 2
+            assert sorted(ids) == sorted(i for group in groups for i in members[group])
+            drawn += groups
+    assert sorted(drawn) == sorted(members)
+
+
+def test_an_image_is_held_once_and_seen_once(whole: Batch, prm: PRM):
+    tiles = []
+    hook = prm.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args, kwargs: tiles.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    prm(whole)
+    hook.remove()
+    assert tiles == [len(whole.pixel_values)]
+    assert len(whole.shown_tiles) * prm.tokens_per_tile == int(
+        (whole.input_ids == prm.model.config.image_token_id).sum()
+    )
+    assert 3 * len(whole.pixel_values) < len(whole.shown_tiles)
+
+
+def test_grouped_solutions_give_the_numbers_of_ungrouped_ones(
+    whole: Batch, prm: PRM, tiny_shards: Path, tiny_prm_dir: Path
+):
+    one_by_one = questions(tiny_shards, tiny_prm_dir, 4)
+    folder = one_by_one.shards
+    places = {
+        folder.read(shard, row)["sample_id"]: (shard, row)
+        for shard, rows in enumerate(folder.rows_per_shard)
+        for row in range(rows)
+    }
+    apart = collate(
+        [one_by_one._instance(*places[i]) for i in whole.sample_ids.tolist()],
+        one_by_one.tokenizer.pad_token_id,
+    )
+    assert len(apart.pixel_values) == len(apart.shown_tiles) == len(whole.shown_tiles)
+    label_ids = label_token_ids(one_by_one.tokenizer)
+
+    def losses_and_gradient(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = meta_losses(
+            prm(batch).logits, batch.step_rows, batch.true_false, label_ids, "mean", "both"
+        )
+        gradients = torch.autograd.grad(losses.mean(), list(prm.parameters()))
+        return losses.detach(), torch.cat([g.flatten() for g in gradients])
+
+    # Sums over four copies of an image in another order, in float64.
+    for grouped, ungrouped in zip(
+        losses_and_gradient(whole), losses_and_gradient(apart), strict=True
+    ):
+        torch.testing.assert_close(grouped, ungrouped, rtol=1e-9, atol=1e-12)
