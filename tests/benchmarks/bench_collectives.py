@@ -1,0 +1,105 @@
+"""Bytes that a bi-level iteration hands to collectives, against the formula.
+
+    python tests/benchmarks/bench_collectives.py [--out bench.json]
+
+Two ranks. ZeRO-2 reduces every gradient once and gathers every parameter once a lower step; the
+upper level adds one all-reduce of v, and one of the instance net's gradient or nothing for the
+table, whose rows stay where they are. Counted on rank 0 where torch hands tensors to the backend.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from standin import make_data, make_model, make_trainer, save, write_results
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dreamprm_dist import distributed
+
+NUM_RANKS = 2
+KINDS = {
+    "instance_table": ("--reweighter", "instance_table"),
+    "instance_net": ("--reweighter", "instance_net", "--instance_net_input", "representation"),
+}
+FEW = 256  # smaller tensors carry counts and norms: not part of the formula
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Bytes of what collectives are given (or, for gathers, give) while the mode is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.large = self.small = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            size = max(_bytes(args[0]), _bytes(args[1]) if len(args) > 1 else 0)
+            if size < FEW:
+                self.small += size
+            else:
+                self.large += size
+        return function(*args, **(kwargs or {}))
+
+
+def _bytes(value) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def worker(folder: Path) -> None:
+    results = {}
+    for name, flags in KINDS.items():
+        trainer = make_trainer(
+            *(folder, folder / "model", "--precision", "fp32", "--device", "cpu", *flags),
+            *("--batch_size", 2, "--meta_batch_size", 2, "--activation_function", "Clip"),
+        )
+        lower = trainer._stream(trainer.train_batches, 2)
+        meta = trainer._stream(trainer.meta_batches, 2)
+        trainer.iteration(lower, meta)  # the first one also makes the optimizer's state
+        with CollectiveBytes() as counted:
+            trainer.iteration(lower, meta)
+        parameters = sum(p.nbytes for p in trainer.engine.parameters.values())
+        net = 0 if name == "instance_table" else _bytes(list(trainer.reweighter.module.parameters()))
+        results[name] = {
+            "measured": counted.large,
+            "formula": 3 * parameters + net,
+            "measured_small": counted.small,
+        }
+    if distributed.rank() == 0:
+        (folder / "counted.json").write_text(json.dumps(results))
+    distributed.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save(*make_model(divisor=8, image_size=112), folder / "model")
+        make_data(folder, 16, 16, (112, 112), num_shards=NUM_RANKS)
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(NUM_RANKS)]
+        subprocess.run([sys.executable, *launcher, __file__, "--worker", folder], check=True)
+        results = json.loads((folder / "counted.json").read_text())
+    write_results(
+        arguments.out,
+        {
+            "collective_bytes": {
+                **{key: results["instance_table"][key] for key in ("measured", "formula")},
+                "by_reweighter": results,
+            }
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""How exact each estimator is, and how near the one-step hypergradient is to the true one.
+
+    python tests/benchmarks/bench_estimators.py [--out bench.json]
+
+`estimator_error`: ||g^ - g|| / ||g|| over a batch, where g_i = <grad l_i, v> is taken in float32 by
+reverse mode at the same (rounded) parameters with the same v. Two model sizes.
+
+`unrolled_cosine`: in float64, cosine between -<grad l_i(theta'), v> and the derivative of the meta
+loss through the lower step theta -> theta' itself, one step of SGD and one of AdamW that has taken
+others before.
+"""
+
+import argparse
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from standin import make_data, make_model, make_trainer, save, write_results
+from torch import Tensor
+from torch.func import functional_call
+
+from dreamprm_dist import distributed
+from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.hypergradient.jvp import jvp
+from dreamprm_dist.hypergradient.sama import adam_derivative
+from dreamprm_dist.losses import Observation, instance_losses
+from dreamprm_dist.trainer import BilevelTrainer
+
+DIVISORS = {"small": 8, "large": 4}
+BATCH_SIZE = 8
+EARLIER_STEPS = 3
+LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-8
+
+
+def exact(trainer: BilevelTrainer, batch, v: dict[str, Tensor]) -> Tensor:
+    """<grad l_i, v> in float32, one reverse pass an instance."""
+    module = copy.deepcopy(trainer.engine.module).float()
+    parameters = dict(module.named_parameters())
+    losses = losses_of(module, batch)
+    products = []
+    for loss in losses:
+        gradients = torch.autograd.grad(
+            loss, [parameters[n] for n in v], retain_graph=True, materialize_grads=True
+        )
+        products.append(
+            sum((g * d.float()).sum() for g, d in zip(gradients, v.values(), strict=True))
+        )
+    return torch.stack(products).detach()
+
+
+def losses_of(module, batch) -> Tensor:
+    logits = module(batch).logits
+    return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+
+
+def estimator_errors(folder: Path, model: Path, precision: str) -> dict[str, float]:
+    errors = {}
+    for name in ESTIMATORS:
+        trainer = make_trainer(
+            *(folder, model, "--precision", precision, "--hypergradient", name),
+            *("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE),
+            *("--activation_function", "No", "--lr", LR),
+        )
+        lower = trainer._stream(trainer.train_batches, EARLIER_STEPS)
+        meta = next(trainer._stream(trainer.meta_batches, 1))
+        for _ in range(EARLIER_STEPS):  # the preconditioner of the first step is 0
+            batches = next(lower)
+            trainer._lower_step(batches)
+        v, _ = trainer.engine.meta_gradient(meta, trainer._meta_losses)
+        if trainer.estimator.precondition:
+            v = trainer.engine.precondition(v, trainer.estimator.precondition)
+        (batch,) = batches
+        _, derivatives = trainer._estimate(batch, v)
+        truth = exact(trainer, batch, v)
+        errors[name] = float((derivatives.losses.float() - truth).norm() / truth.norm())
+    return errors
+
+
+def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
+    """Estimator against the derivative through the whole lower step, by lower optimizer."""
+    trainer = make_trainer(
+        *(folder, model, "--precision", "fp32"),
+        *("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE),
+    )
+    module = copy.deepcopy(trainer.engine.module).double()
+    start = {n: p.detach() for n, p in module.named_parameters()}
+    lower = trainer._stream(trainer.train_batches, EARLIER_STEPS + 1)
+    (meta,) = next(trainer._stream(trainer.meta_batches, 1))
+
+    def gradient(parameters: dict[str, Tensor], batch, weights: Tensor, graph: bool = False):
+        logits = functional_call(module, parameters, (batch,)).logits
+        losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        gradients = torch.autograd.grad(
+            (weights * losses).mean(), list(parameters.values()), create_graph=graph
+        )
+        return dict(zip(parameters, gradients, strict=True))
+
+    def meta_loss(parameters: dict[str, Tensor]) -> Tensor:
+        output = functional_call(module, parameters, (meta,))
+        return trainer._meta_losses(output, meta).mean()
+
+    first = {n: torch.zeros_like(p) for n, p in start.items()}
+    second = {n: torch.zeros_like(p) for n, p in start.items()}
+
+    def adam(parameters, gradients, first, second, step):
+        """AdamW's moments and parameters after a step, without weight decay."""
+        first = {n: torch.lerp(first[n], g, 1 - BETAS[0]) for n, g in gradients.items()}
+        second = {n: torch.lerp(second[n], g * g, 1 - BETAS[1]) for n, g in gradients.items()}
+        moved = {
+            n: p - LR * (first[n] / (1 - BETAS[0] ** step))
+            / ((second[n] / (1 - BETAS[1] ** step)).sqrt() + EPS)
+            for n, p in parameters.items()
+        }  # fmt: skip
+        return first, second, moved
+
+    parameters, ones = start, torch.ones(BATCH_SIZE, dtype=torch.float64)
+    for step in range(1, EARLIER_STEPS + 1):
+        (batch,) = next(lower)
+        leaves = {n: p.requires_grad_() for n, p in parameters.items()}
+        first, second, parameters = adam(leaves, gradient(leaves, batch, ones), first, second, step)
+        parameters = {n: p.detach() for n, p in parameters.items()}
+    (batch,) = next(lower)
+    step = EARLIER_STEPS + 1
+
+    def estimate(moved: dict[str, Tensor], v: dict[str, Tensor]) -> Tensor:
+        def observe(parameters) -> Observation:
+            logits = functional_call(module, dict(parameters), (batch,)).logits
+            losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+            return Observation(losses, losses.new_zeros(0, 0))
+
+        with module.forward_mode():
+            return -jvp(observe, moved, v)[1].losses
+
+    cosines = {}
+    for optimizer in ("sgd", "adamw"):
+        weights = ones.clone().requires_grad_()
+        leaves = {n: p.requires_grad_() for n, p in parameters.items()}
+        with module.forward_mode():  # its attention knows second derivatives
+            gradients = gradient(leaves, batch, weights, graph=True)
+            if optimizer == "sgd":
+                moved = {n: p - LR * gradients[n] for n, p in leaves.items()}
+            else:
+                moments = adam(leaves, gradients, first, second, step)
+                moved = moments[2]
+            (true,) = torch.autograd.grad(meta_loss(moved), weights)
+        moved = {n: p.detach().requires_grad_() for n, p in moved.items()}
+        v = dict(
+            zip(moved, torch.autograd.grad(meta_loss(moved), list(moved.values())), strict=True)
+        )
+        estimates = {"jvp": estimate(moved, v)}
+        if optimizer == "adamw":
+            seen = {
+                n: adam_derivative(
+                    moments[0][n].detach(), moments[1][n].detach(), gradients[n].detach(),
+                    step, BETAS, EPS,
+                )
+                for n in v
+            }  # fmt: skip
+            estimates["sama"] = estimate(moved, {n: t * seen[n] for n, t in v.items()})
+        cosines[optimizer] = {
+            name: float(F.cosine_similarity(value, true, dim=0))
+            for name, value in estimates.items()
+        }
+    return cosines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    arguments = parser.parse_args()
+    errors: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        make_data(data, 32, 32, (224, 224))
+        for size, divisor in DIVISORS.items():
+            model = save(*make_model(divisor, image_size=112), Path(folder) / size)
+            for precision in ("bf16", "fp32"):
+                errors.setdefault(size, {})[precision] = estimator_errors(data, model, precision)
+        cosines = unrolled_cosines(data, Path(folder) / "small")
+    write_results(
+        arguments.out,
+        {
+            "estimator_error": errors["large"],
+            "estimator_error_small": errors["small"],
+            "unrolled_cosine": cosines,
+        },
+    )
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What the benchmarks share: a model with InternVL3-1B's proportions, data for it, `bench.json`."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from data_tools.demo_data import conversation
+from data_tools.demo_model import save_model, train_tokenizer
+from data_tools.shard import shard_file
+from dreamprm_dist import distributed
+from dreamprm_dist.config import parse_train_config
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.chat import IMAGE_CONTEXT
+from dreamprm_dist.solutions import SYSTEM_PROMPT
+from dreamprm_dist.trainer import BilevelTrainer
+
+QUESTION = "Which of the two angles in the figure is larger, and by how many degrees? " * 2
+STEPS = [f"Step {i}: the angle at this corner is {31 * i} degrees." for i in range(1, 7)]
+SOLUTIONS_PER_QUESTION = 8
+
+
+def make_model(
+    divisor: int, image_size: int = 448
+) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerBase]:
+    """InternVL3-1B with random weights and its own tokenizer.
+
+    Args:
+        divisor: 1 for the full size; widths and depths are divided by it, the vocabulary by its
+            square, so that the head keeps its share of the work.
+        image_size: side of a tile; half of 448 gives a quarter of the tokens.
+    """
+    tokenizer = train_tokenizer([SYSTEM_PROMPT, QUESTION, *STEPS])
+    text = Qwen2Config(
+        vocab_size=max(151674 // divisor**2, len(tokenizer)),
+        hidden_size=896 // divisor,
+        intermediate_size=4864 // divisor,
+        num_hidden_layers=24 // divisor,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = InternVLVisionConfig(
+        image_size=image_size,
+        hidden_size=1024 // divisor,
+        intermediate_size=4096 // divisor,
+        num_hidden_layers=24 // divisor,
+        num_attention_heads=16 // divisor,
+        attention_bias=True,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+        image_seq_length=(image_size // 28) ** 2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return InternVLForConditionalGeneration(config), tokenizer
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    """An image file of noise, which cannot be compressed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_data(
+    folder: Path, num_train: int, num_meta: int, size: tuple[int, int], num_shards: int = 1
+) -> None:
+    """Shard folders `train` and `meta`: an image (width, height) a record, or a meta question."""
+    (folder / "images").mkdir(parents=True)
+
+    def record(index: int, image: int, num_steps: int) -> dict:
+        path = f"images/{image}.png"
+        if not (folder / path).exists():
+            (folder / path).write_bytes(png(*size, seed=image))
+        labels = ["+-"[(index + step) % 2] for step in range(num_steps)]
+        return {
+            "id": f"{image}",
+            "image": path,
+            "dataset": "noise",
+            "conversations": conversation(QUESTION, STEPS[:num_steps], labels),
+        }
+
+    train = [record(i, i, 3 + i % 4) for i in range(num_train)]
+    meta = [
+        record(i, num_train + i // SOLUTIONS_PER_QUESTION, 3 + i % 4)
+        | {"true_false": i % 2 == 0, "response": str(i)}
+        for i in range(num_meta)
+    ]
+    for name, kind, records in (("train", "training", train), ("meta", "meta", meta)):
+        (folder / f"{name}.json").write_text(json.dumps(records))
+        shard_file(folder / f"{name}.json", folder / name, kind, num_shards, progress=False)
+
+
+def make_trainer(folder: Path, model: Path, *flags: object) -> BilevelTrainer:
+    """A trainer on the data of `make_data`, one rank."""
+    config = parse_train_config(
+        [
+            *("--reward_model", str(model), "--weights_path", str(folder / "run")),
+            *("--num_workers", "0", "--scheduler_type", "constant", *map(str, flags)),
+        ]
+    )
+    device = distributed.initialize(config.run.device)
+    return BilevelTrainer(
+        config, ShardFolder(folder / "train"), ShardFolder(folder / "meta"), device
+    )
+
+
+def save(model: InternVLForConditionalGeneration, tokenizer, folder: Path) -> Path:
+    """Write a model folder; returns it."""
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+def write_results(out: Path, results: dict) -> None:
+    """Print results and add their keys to a JSON file that other benchmarks write to as well."""
+    print(json.dumps(results, indent=2), flush=True)
+    before = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps(before | results, indent=2) + "\n")
