@@ -158,8 +158,8 @@ def split_digits(num_meta_digits: int, rng: np.random.Generator) -> dict[str, li
 def make_demo_data(
     out: Path | str,
     seed: int = 0,
-    num_train: int = 600,
-    num_meta: int = 240,
+    num_train: int = 1200,
+    num_meta: int = 480,
     num_test: int = 720,
     flip_rate: float = 0.35,
 ) -> dict[str, float]:

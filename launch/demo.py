@@ -29,7 +29,9 @@ from dreamprm_dist.prm.model import load_prm, load_tokenizer
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH / "recipes"
 NUM_RANKS = 2
-PRMS = ("cold_start", "baseline", "baseline_plus_meta", "instance_table")
+WEIGHTED = ("instance_table", "instance_net", "domain_table")
+PRMS = ("cold_start", "baseline", "baseline_plus_meta", *WEIGHTED)
+DIFFERENCES = [("instance_table", other) for other in PRMS[:3]] + [("instance_net", "baseline")]
 
 
 @dataclass
@@ -40,22 +42,22 @@ class Demo:
     seed: int
     shuffled_meta: bool
 
-    def run(self) -> tuple[dict, dict[str, dict]]:
-        """All stages; returns what `summary.json` holds and the PRMs' `results.json`."""
+    def run(self) -> tuple[dict, dict]:
+        """All stages; returns what `summary.json` and the evaluation's `results.json` hold."""
         start = time.monotonic()
         self._data()
         cold_start = self._train("cold_start", "demo_cold_start", "train", self.out / "base")
         self._train("baseline", "demo_baseline", "train", cold_start)
         self._train("baseline_plus_meta", "demo_baseline", "train_plus_meta", cold_start)
-        self._train("instance_table", "demo_instance_table", "train", cold_start)
-        noise_auc = {
-            "instance_table": self._noise_auc(self._weights("instance_table")),
-            "small_loss": self._noise_auc(-self._instance_losses(cold_start)),
-        }
+        noise_auc = {}
+        for name in WEIGHTED:
+            self._train(name, f"demo_{name}", "train", cold_start)
+            noise_auc[name] = self._noise_auc(self._weights(name))
+        noise_auc["small_loss"] = self._noise_auc(-self._instance_losses(cold_start))
         if self.shuffled_meta:
             self._train("shuffled_meta", "demo_instance_table", "train", cold_start)
             noise_auc["shuffled_meta"] = self._noise_auc(self._weights("shuffled_meta"))
-        results = {name: self._evaluate(name) for name in PRMS}
+        results = self._evaluate()
         summary = {
             "seed": self.seed,
             "seconds": round(time.monotonic() - start, 1),
@@ -108,13 +110,13 @@ class Demo:
         )
         return run / "export"
 
-    def _evaluate(self, name: str) -> dict:
-        """Best-of-N on the test questions, on two processes."""
-        folder = self.out / name / "evaluation"
+    def _evaluate(self) -> dict:
+        """Best-of-N of all PRMs on the test questions, on two processes."""
+        folder = self.out / "evaluation"
         self._python(
-            f"evaluate {name}",
+            "evaluate",
             *("-m", "torch.distributed.run", "--nproc_per_node", NUM_RANKS),
-            *(LAUNCH / "evaluate.py", "--model", self.out / name / "export"),
+            *(LAUNCH / "evaluate.py", "--model", *(self.out / name / "export" for name in PRMS)),
             *("--test_json_file", self.out / "data" / "test.json"),
             *("--output_dir", folder, "--precision", "fp32"),
         )
@@ -172,31 +174,31 @@ class Demo:
         return float(roc_auc_score([not t["flipped"] for t in truth], scores))
 
 
-def pooled(runs: list[dict[str, dict]]) -> dict:
+def pooled(runs: list[dict]) -> dict:
     """Accuracies over the questions of all runs, and paired differences with 95 % intervals.
 
     The bootstrap resamples digit images, for questions about one image are not independent.
 
     Args:
-        runs: for each seed the `results.json` of each PRM, by name.
+        runs: the evaluation's `results.json` of each seed.
     """
-    first = [run["cold_start"] for run in runs]
-    sizes = [result["num_questions"] for result in first]
+    sizes = [run["num_questions"] for run in runs]
     accuracy = {
-        name: float(np.average([r["accuracy"][name] for r in first], weights=sizes))
+        name: float(np.average([run["accuracy"][name] for run in runs], weights=sizes))
         for name in ("first", "random", "self_consistency", "oracle")
     }
     correct = {
-        name: np.concatenate([run[name]["selected_correct"]["mean"] for run in runs]).astype(float)
+        name: np.concatenate(
+            [run["prms"][name]["selected_correct"]["mean"] for run in runs]
+        ).astype(float)
         for name in PRMS
     }
     # Seeds split the same digits anew, so one digit is one cluster in all of them.
-    clusters = [tuple(images) for result in first for images in result["question_images"]]
+    clusters = [tuple(images) for run in runs for images in run["question_images"]]
     differences = {}
-    for other in ("baseline", "cold_start", "baseline_plus_meta"):
-        gains = correct["instance_table"] - correct[other]
-        mean, low, high = clustered_bootstrap(gains, clusters)
-        differences[f"instance_table_minus_{other}"] = {"mean": mean, "low": low, "high": high}
+    for name, other in DIFFERENCES:
+        mean, low, high = clustered_bootstrap(correct[name] - correct[other], clusters)
+        differences[f"{name}_minus_{other}"] = {"mean": mean, "low": low, "high": high}
     return {
         "num_questions": sum(sizes),
         "accuracy": accuracy | {name: float(values.mean()) for name, values in correct.items()},
