@@ -188,6 +188,9 @@ class RunConfig:
     seed: int = flag(1, "Seed of data order and initialisation.")
     local_rank: int = flag(-1, "Set by launchers; the environment counts.")
     log_every: int = flag(1, "Iterations between two lines of metrics.jsonl.")
+    max_bad_steps: int = flag(
+        10, "Iterations in a row with a NaN or infinite loss or gradient that end the run."
+    )
     trackers: str | None = flag(
         None,
         "Experiment trackers by accelerate's names, separated by commas: tensorboard, wandb, …",
@@ -257,6 +260,7 @@ _AT_LEAST_ONE = {
     "iteration_num",
     "save_every_iterations",
     "keep_last",
+    "max_bad_steps",
     "max_patch_num",
     "num_shards",
     "log_every",

@@ -40,11 +40,14 @@ class LowerStep:
         losses: unweighted instance losses before the step.
         weights: the weights they were multiplied with.
         gradient_norm: global norm of the averaged gradient before clipping.
+        applied: False when a loss or the gradient was NaN or infinite on some rank: then the
+            parameters moved on none.
     """
 
     losses: Tensor
     weights: Tensor
     gradient_norm: float
+    applied: bool
 
 
 class Snapshot(NamedTuple):
@@ -124,13 +127,16 @@ class Engine:
             weigh: what the PRM says, the losses (B,) and the batch to weights (B,).
         """
         all_losses, all_weights = [], []
+        self._last_gradients.clear()
         for batch in micro_batches:
             output = self._deepspeed(batch)
             losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
             weights = weigh(output, losses, batch)
             # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by B:
             # together 1/G.
-            self._deepspeed.backward((weights * losses).mean())
+            loss = (weights * losses).mean()
+            # An infinite loss may have a finite gradient; NaN is what ZeRO sees.
+            self._deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             self._deepspeed.step()
             all_losses.append(losses.detach())
             all_weights.append(weights.detach())
@@ -138,6 +144,7 @@ class Engine:
             torch.cat(all_losses),
             torch.cat(all_weights),
             float(self._deepspeed.get_global_grad_norm()),
+            self._deepspeed.was_step_applied(),
         )
 
     def meta_gradient(
@@ -197,6 +204,8 @@ class Engine:
             if mapping is None:  # none of it lies in this rank's partition
                 continue
             partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            if partition not in self._last_gradients:  # the last step was skipped
+                continue
             state, mine = zero.optimizer.state[partition], mapping.hp_fragment_address
             moments = [
                 t.narrow(0, mine.start, mine.numel)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ FIELDS = {
     "seconds_meta": "meta gradient",
     "seconds_hypergradient": "directional derivatives",
     "seconds_upper": "upper step",
+    "bad_steps": "steps since the last line that were skipped for a NaN or infinite value",
     "peak_memory_gib": "most memory of a rank so far (GPU memory, or resident set on a CPU)",
 }
 
@@ -58,7 +60,12 @@ class MetricsWriter:
 
     def write(self, values: dict[str, float]) -> None:
         if self._file:
-            self._file.write(json.dumps(values) + "\n")
+            # JSON has no NaN and no infinity.
+            line = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in values.items()
+            }
+            self._file.write(json.dumps(line) + "\n")
             self._trackers.log(values, int(values["iteration"]))
 
     def close(self) -> None:

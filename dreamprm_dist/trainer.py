@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dreamprm_dist import distributed
 from dreamprm_dist.aggregation import AGGREGATIONS
+from dreamprm_dist.bad_steps import BadSteps
 from dreamprm_dist.checkpoint import (
     Checkpoint,
     check_resumable,
@@ -135,6 +136,7 @@ class BilevelTrainer:
                 ),
             )
         self.phases = Phases(device)
+        self.bad_steps = BadSteps(config.run.max_bad_steps)
 
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         """The one to go on from; None for a run that starts at its beginning."""
@@ -220,6 +222,7 @@ class BilevelTrainer:
                     writer.write(metrics)
                     shown = (k for k in ("lower_loss", "meta_loss") if k in metrics)
                     progress.set_postfix({k: f"{metrics[k]:.3f}" for k in shown})
+                self.bad_steps.end_iteration(iteration)
                 stopping = stop.noted() and not is_last
                 if iteration % run.save_every_iterations == 0 or is_last or stopping:
                     save_checkpoint(
@@ -260,7 +263,8 @@ class BilevelTrainer:
                 values |= self._hypergradient(micro_batches, meta)
         values["meta_lr"] = self.reweighter.lr
         with self.phases("upper"):
-            values["hypergradient_squared_norm"] = self.reweighter.step()
+            values["hypergradient_squared_norm"] = squared_norm = self.reweighter.step()
+        self.bad_steps.note(bool(squared_norm.isnan()))
         if before is not None:
             self.engine.restore(before)
             for micro_batches in window:
@@ -273,7 +277,9 @@ class BilevelTrainer:
     def _lower_step(self, micro_batches: list[Batch]) -> dict[str, LowerStep | float]:
         lr = self.engine.lr
         with self.phases("lower"):
-            return {"lr": lr, "lower": self.engine.lower_step(micro_batches, self._weigh)}
+            step = self.engine.lower_step(micro_batches, self._weigh)
+        self.bad_steps.note(not step.applied)
+        return {"lr": lr, "lower": step}
 
     def _hypergradient(
         self, micro_batches: list[Batch], meta_micro_batches: list[Batch]
@@ -365,6 +371,7 @@ class BilevelTrainer:
         return metrics | {
             "samples_per_second": instances * since / sum(seconds.values()),
             **seconds,
+            "bad_steps": self.bad_steps.take(),
             "peak_memory_gib": float(distributed.all_reduce_max(peak)) / 2**30,
         }
 

@@ -104,11 +104,11 @@ class Reweighter(ABC):
 
     @abstractmethod
     def step(self) -> Tensor:
-        """Apply the hypergradient, then forget it.
+        """Apply the hypergradient, then forget it. One with a NaN or infinity is only forgotten.
 
         Returns:
             its squared norm before clipping, this rank's share of it: the sum over the ranks is
-            the global one. A scalar.
+            the global one. A scalar; NaN on every rank when it was not applied.
         """
 
     def local_raw_weights(self) -> Tensor:
@@ -182,13 +182,18 @@ class Reweighter(ABC):
 
 
 def weight_statistics(weights: Tensor) -> dict[str, float]:
-    """Mean, extremes and quantiles of every rank's weights (n,), n >= 1.
+    """Mean, extremes and quantiles of every rank's finite weights (n,); {} if there are none.
 
     Quantiles come from a histogram summed over the ranks and are exact to 1/2048 of the range.
     """
-    extremes = torch.stack([-weights.min(), weights.max()])
+    weights = weights[weights.isfinite()]
+    extremes = weights.new_full((2,), -torch.inf)
+    if len(weights):
+        extremes = torch.stack([-weights.min(), weights.max()])
     low, high = distributed.all_reduce_max(extremes).tolist()
     low = -low
+    if low > high:
+        return {}
     # histc takes equal bounds for "find them yourself", which would differ between ranks.
     bounds = (low, high) if high > low else (low, low + 1)
     counts = torch.histc(weights, HISTOGRAM_BINS, *bounds)

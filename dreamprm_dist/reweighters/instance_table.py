@@ -59,7 +59,10 @@ class InstanceTable(Reweighter):
         gradient = self.hypergradient()
         self._pending.clear()
         squared_norm = gradient.values().square().sum()
-        factor = self._clipping_factor(distributed.all_reduce_sum(squared_norm))
+        total = distributed.all_reduce_sum(squared_norm)
+        if not total.isfinite():
+            return total * torch.nan
+        factor = self._clipping_factor(total)
         self.raw_weights.grad = (gradient * factor).coalesce()
         self._optimizer.step()
         self._schedule.step()

@@ -65,6 +65,9 @@ class ReplicatedReweighter(Reweighter):
     def step(self) -> Tensor:
         total = self.hypergradient()
         squared_norm = total.square().sum()
+        if not squared_norm.isfinite():
+            self._optimizer.zero_grad()
+            return squared_norm * torch.nan
         total = total * self._clipping_factor(squared_norm)
         parameters = list(self.module.parameters())
         for p, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):

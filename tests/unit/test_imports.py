@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dreamprm_dist"
 # A module may import from its own level and below. Levels are those of the design.
 LEVELS = [
-    {"config", "distributed", "trackers"},
+    {"config", "distributed", "trackers", "bad_steps"},
     {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "model_card"},
     {"losses", "metrics", "export", "checkpoint", "engine", "hypergradient", "reweighters"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},

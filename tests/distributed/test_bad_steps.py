@@ -1,0 +1,60 @@
+"""A NaN or infinite value on one rank: the step is skipped on all, counted, and not for ever."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+VARIANTS = {
+    "table": "--strategy zero2_cpu",
+    "net": "--reweighter instance_net --activation_function sigmoid --strategy zero1 "
+    "--precision bf16",
+    "sama": "--hypergradient sama --strategy zero2_offload",
+}
+# Whether PRM and weights move in an iteration, and the steps that are skipped; by what is NaN or
+# infinite in it: lower batch (and with it the hypergradient), meta batch, lower loss, nothing.
+EXPECTED = [(False, False, 2), (True, False, 1), (False, True, 1), (True, True, 0)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> list[dict]:
+    out = tmp_path_factory.mktemp("bad_steps")
+    variants = json.dumps({name: flags.split() for name, flags in VARIANTS.items()})
+    worker = Path(__file__).with_name("bad_steps_worker.py")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, worker, out, tiny_prm_dir, tiny_shards, variants]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    lines = (out / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines
+    results[0]["lines"] = [json.loads(line) for line in lines.splitlines()]
+    return results
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bad_step_is_skipped_on_all_ranks_and_the_run_goes_on(ranks, variant: str):
+    for rank in ranks:
+        states, counts = rank[variant]["states"], rank[variant]["counts"]
+        for step, (moves, reweighs, skipped) in enumerate(EXPECTED):
+            before, after = states[step : step + 2]
+            assert all(t.isfinite().all() for t in after.values()), step
+            assert counts[step] == skipped, step
+            assert before["parameters"].equal(after["parameters"]) != moves, step
+            assert before["raw_weights"].equal(after["raw_weights"]) != reweighs, step
+    both = zip(*(rank[variant]["states"] for rank in ranks), strict=True)
+    assert all(one["parameters"].equal(other["parameters"]) for one, other in both)
+
+
+def test_bad_steps_without_end_are_an_error(ranks):
+    for rank in ranks:
+        assert rank["message"].startswith(
+            "iteration 3: a loss or gradient was NaN or infinite in 3"
+        )
+    assert [line["bad_steps"] for line in ranks[0]["lines"]] == [1, 1, 1]
+    assert all(line["lower_loss"] is None for line in ranks[0]["lines"])
