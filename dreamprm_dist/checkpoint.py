@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 MAY_CHANGE = {
     *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
     *("save_every_iterations", "keep_last", "resume", "log_every", "num_workers"),
-    *("device", "local_rank", "max_bad_steps"),
+    *("device", "local_rank", "max_bad_steps", "collective_timeout"),
 }
 LIBRARIES = ("torch", "deepspeed", "transformers")
 

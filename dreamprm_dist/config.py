@@ -188,6 +188,9 @@ class RunConfig:
     seed: int = flag(1, "Seed of data order and initialisation.")
     local_rank: int = flag(-1, "Set by launchers; the environment counts.")
     log_every: int = flag(1, "Iterations between two lines of metrics.jsonl.")
+    collective_timeout: float = flag(
+        30.0, "Minutes that a rank waits for the others before the run ends."
+    )
     max_bad_steps: int = flag(
         10, "Iterations in a row with a NaN or infinite loss or gradient that end the run."
     )
@@ -226,6 +229,10 @@ class TrainConfig:
                 "Project is for the table's rows; use Clip or sigmoid with instance_net"
             )
         check_trackers(self.run.trackers)
+        if self.run.collective_timeout <= 0:
+            raise ValueError(
+                f"collective_timeout is {self.run.collective_timeout} minutes; it must be above 0"
+            )
         if self.upper.activation_function in ("Clip", "Project") and not (
             self.upper.weight_min <= self.upper.initialization <= self.upper.weight_max
         ):

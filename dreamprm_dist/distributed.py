@@ -5,30 +5,37 @@ RANK, WORLD_SIZE and LOCAL_RANK; srun and mpirun set their own, which are transl
 the run has one rank.
 """
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _translated = False  # the variables are ours and not a launcher's
+_roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 
 
-def initialize(device: str = "auto") -> torch.device:
+class RankLostError(RuntimeError):
+    """A rank hangs or has ended while others wait for it."""
+
+
+def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group and choose this rank's device.
 
     Args:
         device: auto | cuda | cpu.
+        timeout_minutes: how long a collective waits for a rank.
 
     Raises:
         ValueError: cuda is asked for, or more ranks than GPUs are started, and it is not there.
     """
+    global _roll_call
     _adopt_launcher_environment()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -41,8 +48,61 @@ def initialize(device: str = "auto") -> torch.device:
             )
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        timeout = timedelta(minutes=timeout_minutes)
+        # DeepSpeed makes groups of its own, with torch's default.
+        dist.distributed_c10d.default_pg_timeout = timeout
+        dist.distributed_c10d.default_pg_nccl_timeout = timeout
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
+        _roll_call = dist.new_group(backend="gloo", timeout=timeout)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Within the block a collective that another rank did not come to fails with that rank's name.
+
+    Raises:
+        RankLostError: in place of the collective's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        timeout = dist.distributed_c10d.default_pg_timeout
+        if "imed out" in str(error):  # then the others are here soon; else after their own timeout
+            timeout = min(timeout, timedelta(minutes=1))
+        raise RankLostError(
+            f"rank {rank()} waited for the others in vain: {_absent(timeout)}; look at that rank's "
+            "log and machine, then start again to go on from the last checkpoint"
+        ) from error
+
+
+def _absent(timeout: timedelta) -> str:
+    """Who does not answer: rank 0 waits for a sign of every other rank, and these for its reply."""
+    if rank():
+        try:
+            dist.send(torch.zeros(1), 0, _roll_call)
+            dist.irecv(torch.zeros(1), 0, _roll_call).wait(timeout)
+        except RuntimeError:
+            return "rank 0 does not answer, or has ended since another one does not"
+    else:
+        missing, signs = [], {}
+        for other in range(1, world_size()):
+            try:
+                signs[other] = dist.irecv(torch.zeros(1), other, _roll_call)
+            except RuntimeError:
+                missing.append(other)
+        for other, sign in signs.items():
+            try:
+                sign.wait(timeout)
+            except RuntimeError:
+                missing.append(other)
+        if missing:
+            return f"rank {', '.join(map(str, sorted(missing)))} does not answer"
+        for other in signs:
+            dist.send(torch.zeros(1), other, _roll_call)
+    return "all answer now, so one was too slow for collective_timeout"
 
 
 def _adopt_launcher_environment() -> None:
@@ -90,9 +150,10 @@ def _free_port() -> int:
 
 def shutdown() -> None:
     """Leave the process group, and take back what was written into the environment."""
-    global _translated
+    global _translated, _roll_call
     if dist.is_initialized():
         dist.destroy_process_group()
+        _roll_call = None
     if _translated:
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)

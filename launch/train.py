@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import torch
+
 from dreamprm_dist import distributed
-from dreamprm_dist.config import parse_train_config
+from dreamprm_dist.config import TrainConfig, parse_train_config
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.trainer import BilevelTrainer
 
@@ -24,16 +26,21 @@ def open_shards(path: str, kind: str, config) -> ShardFolder:
     return shards
 
 
+def train(config: TrainConfig, device: torch.device) -> None:
+    train_shards = open_shards(config.data.train_json_file, "training", config.data)
+    meta_shards = None
+    if not config.unweighted:
+        meta_shards = open_shards(config.data.meta_json_file, "meta", config.data)
+    BilevelTrainer(config, train_shards, meta_shards, device).train()
+
+
 def main() -> None:
     try:
         config = parse_train_config()
-        device = distributed.initialize(config.run.device)
-        train_shards = open_shards(config.data.train_json_file, "training", config.data)
-        meta_shards = None
-        if not config.unweighted:
-            meta_shards = open_shards(config.data.meta_json_file, "meta", config.data)
-        BilevelTrainer(config, train_shards, meta_shards, device).train()
-    except (ValueError, FileNotFoundError) as error:
+        device = distributed.initialize(config.run.device, config.run.collective_timeout)
+        with distributed.naming_lost_ranks():
+            train(config, device)
+    except (ValueError, FileNotFoundError, distributed.RankLostError) as error:
         sys.exit(f"error: {error}")
     finally:
         distributed.shutdown()

@@ -1,0 +1,16 @@
+"""A rank that meets the others in one collective after another, for ever: `… TIMEOUT_MINUTES`."""
+
+import sys
+
+import torch
+
+from dreamprm_dist import distributed
+
+distributed.initialize("cpu", float(sys.argv[1]))
+print("begun", flush=True)
+try:
+    with distributed.naming_lost_ranks():
+        while True:
+            distributed.all_reduce_sum(torch.zeros(1))
+except distributed.RankLostError as error:
+    sys.exit(str(error))
