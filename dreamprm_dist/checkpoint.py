@@ -1,16 +1,13 @@
 """Checkpoints, from which a stopped run goes on bit for bit: `<run>/checkpoints/iteration-N`.
 
 All ranks write into `iteration-N.new`; when every rank has finished, a manifest with the SHA-256 of
-every file is added and one rename makes the checkpoint visible. A folder under its final name is
-therefore complete, and whatever was altered in it later is found by the checksums. DeepSpeed's own
-files are pickles: they are read only after the checksums of the whole folder have been verified.
+every file is added and one rename makes the checkpoint visible. DeepSpeed's own files are pickles:
+they are read only after the checksums of the whole folder have been verified.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -24,15 +21,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreamprm_dist import distributed
+from dreamprm_dist.checkpoint_files import (
+    clear_leftovers,
+    damage,
+    files_of,
+    flush,
+    flush_share,
+    iteration_folder,
+    iterations,
+    on_all_ranks,
+    remove,
+    write_manifest,
+)
 from dreamprm_dist.config import TrainConfig
 from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
 from dreamprm_dist.data.shards import ShardFolder, file_sha256
 from dreamprm_dist.engine import Engine
 
 CHECKPOINTS = "checkpoints"
-MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT_VERSION = 1
 # Settings in which a resumed run may differ from the one it goes on with. Data are compared by
 # content and not by where they lie.
 MAY_CHANGE = {
@@ -87,55 +94,70 @@ def is_same_run(config: TrainConfig, file: Path) -> bool:
 
 def save_checkpoint(
     run_folder: Path,
-    iteration: int,
-    settings: dict,
+    state: dict,
     engine: Engine,
     reweighter: Stateful | None,
     keep_last: int,
-) -> None:
-    """Write a checkpoint on all ranks together, then remove all but the newest `keep_last`."""
-    folder, is_main = run_folder / CHECKPOINTS, distributed.rank() == 0
-    final = folder / f"iteration-{iteration}"
-    new = final.with_name(final.name + ".new")
-    if is_main:
-        for leftover in [*folder.glob("*.new"), *folder.glob("*.old")]:
-            shutil.rmtree(leftover)
-        new.mkdir(parents=True)
-        state = {
-            "iteration": iteration,
-            "world_size": distributed.world_size(),
-            "settings": settings,
-            "versions": _versions(),
-        }
-        (new / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    distributed.barrier()
-    engine.save(new / "deepspeed")
-    tensors = {f"rng.{name}": value for name, value in _rng_state(engine.device).items()}
-    if reweighter is not None:
-        tensors |= {f"reweighter.{name}": t for name, t in reweighter.state_dict().items()}
-    save_file(tensors, _rank_file(new))
-    distributed.barrier()
+) -> int:
+    """Write a checkpoint on all ranks together, then remove all but the newest `keep_last`.
 
-    files = json.loads(distributed.broadcast_text(json.dumps(_files(new))))
-    checksums = _checksums(new, files)
-    if unreadable := [name for name in files if not checksums[name]]:
-        raise ValueError(f"{new / unreadable[0]} cannot be read back; look at the file system")
+    Args:
+        state: see `Checkpoint`; world size and versions are added.
+
+    Returns:
+        Bytes of the checkpoint.
+
+    Raises:
+        OSError: on all ranks when one could not write; older checkpoints are untouched.
+    """
+    folder, is_main = run_folder / CHECKPOINTS, distributed.rank() == 0
+    final = iteration_folder(folder, state["iteration"])
+    new = final.with_name(final.name + ".new")
+
+    def begin() -> None:
+        if is_main:
+            folder.mkdir(exist_ok=True)
+            clear_leftovers(folder)
+            new.mkdir()
+            described = state | {"world_size": distributed.world_size(), "versions": _versions()}
+            (new / STATE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    def write() -> None:
+        engine.save(new / "deepspeed")
+        tensors = {f"rng.{name}": value for name, value in _rng_state(engine.device).items()}
+        if reweighter is not None:
+            tensors |= {f"reweighter.{name}": t for name, t in reweighter.state_dict().items()}
+        save_file(tensors, _rank_file(new))
+
+    def publish() -> None:
+        if is_main:
+            write_manifest(new, {k: v for part in parts for k, v in json.loads(part).items()})
+            if final.exists():  # damaged: the run went on from an earlier one
+                remove(final)
+            new.rename(final)
+            flush(folder)
+
+    checksums: dict[str, str] = {}
+    try:
+        on_all_ranks(begin, run_folder)
+        on_all_ranks(write, run_folder)
+        files = json.loads(distributed.broadcast_text(json.dumps(files_of(new))))
+        on_all_ranks(lambda: checksums.update(flush_share(new, files)), run_folder)
+        parts = distributed.all_gather_texts(json.dumps(checksums))
+        on_all_ranks(publish, run_folder)
+    except OSError:
+        if is_main:
+            shutil.rmtree(new, ignore_errors=True)
+        raise
+    size = sum((final / name).stat().st_size for name in files)
+    distributed.barrier()  # before anything is removed that another rank still looks at
     if is_main:
-        for name in files:
-            _flush(new / name)
-        manifest = {"format_version": FORMAT_VERSION, "files": checksums}
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _flush(new / MANIFEST)
-        _flush(new)
-        if final.exists():  # damaged: the run went on from an earlier one
-            _remove(final)
-        new.rename(final)
-        _flush(folder)
-        # One beyond this iteration is damaged, for the same reason.
-        older = [i for i in _iterations(folder) if i <= iteration]
-        for i in set(_iterations(folder)) - set(older[:keep_last]):
-            _remove(folder / f"iteration-{i}")
+        # One beyond this iteration is damaged: the run went on from an earlier one.
+        older = [i for i in iterations(folder) if i <= state["iteration"]]
+        for i in set(iterations(folder)) - set(older[:keep_last]):
+            remove(iteration_folder(folder, i))
     distributed.barrier()
+    return size
 
 
 def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
@@ -145,14 +167,14 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
         ValueError: there are checkpoints, but every one is damaged.
     """
     folder = run_folder / CHECKPOINTS
-    iterations = json.loads(distributed.broadcast_text(json.dumps(_iterations(folder))))
-    for iteration in iterations:
-        path = folder / f"iteration-{iteration}"
-        problem = _damage(path)
+    found = json.loads(distributed.broadcast_text(json.dumps(iterations(folder))))
+    for iteration in found:
+        path = iteration_folder(folder, iteration)
+        problem = damage(path)
         if problem is None:
             return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
         _say(f"warning: checkpoint {path} is damaged and skipped: {problem}")
-    if iterations:
+    if found:
         raise ValueError(
             f"no checkpoint in {folder} is whole; choose another weights_path, or remove the run "
             "folder to start anew"
@@ -219,66 +241,6 @@ def _rng_state(device: torch.device) -> dict[str, Tensor]:
 
 def _rank_file(path: Path) -> Path:
     return path / f"rank-{distributed.rank()}.safetensors"
-
-
-def _iterations(folder: Path) -> list[int]:
-    """Iterations of the visible checkpoints, newest first."""
-    names = (re.fullmatch(r"iteration-(\d+)", path.name) for path in folder.glob("iteration-*"))
-    return sorted((int(name[1]) for name in names if name), reverse=True)
-
-
-def _files(path: Path) -> list[str]:
-    files = (file for file in path.rglob("*") if not file.is_dir())
-    return sorted(file.relative_to(path).as_posix() for file in files)
-
-
-def _checksums(path: Path, files: list[str]) -> dict[str, str]:
-    """SHA-256 by file, "" for one that cannot be read. Each rank reads its share of the files."""
-    share = {}
-    for name in files[distributed.rank() :: distributed.world_size()]:
-        try:
-            share[name] = file_sha256(path / name)
-        except OSError:
-            share[name] = ""
-    parts = distributed.all_gather_texts(json.dumps(share))
-    return {name: digest for part in parts for name, digest in json.loads(part).items()}
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, the same on all ranks; None when it is whole."""
-    recorded, problem = {}, None
-    if distributed.rank() == 0:
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            recorded, found = dict(manifest["files"]), set(_files(path)) - {MANIFEST}
-            if manifest["format_version"] != FORMAT_VERSION:
-                problem = f"format_version {manifest['format_version']} is unknown"
-            elif odd := sorted(recorded.keys() ^ found):
-                problem = f"{odd[0]} is {'missing' if odd[0] in recorded else 'not of it'}"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    recorded, problem = json.loads(distributed.broadcast_text(json.dumps([recorded, problem])))
-    if problem is None:
-        found = _checksums(path, sorted(recorded))
-        wrong = sorted(name for name in recorded if found[name] != recorded[name])
-        problem = f"the checksum of {wrong[0]} does not match" if wrong else None
-    return problem
-
-
-def _flush(path: Path) -> None:
-    """Have a file or a folder on the disk itself, so that it outlives the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    # Out of sight first: a folder under its final name is complete at every moment.
-    hidden = path.with_name(path.name + ".old")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
 
 
 def _say(message: str) -> None:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from dreamprm_dist import distributed
 from dreamprm_dist.config import TrainConfig
 from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.engine_files import CheckpointWriter
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.schedules import build_schedule
@@ -105,6 +106,9 @@ class Engine:
             config=deepspeed_config(config, device),
             dist_init_required=False,
         )
+        self._deepspeed.checkpoint_engine = CheckpointWriter()
+        # It puts a script into every checkpoint, on rank 0 alone, which must not fail alone.
+        self._deepspeed._copy_recovery_script = lambda save_path: None
         self.module: PRM = self._deepspeed.module
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._scope = self.module.parameters_in(config.upper.hypergradient_scope)
@@ -257,8 +261,16 @@ class Engine:
         return [zero.optimizer.state[p] for p in zero.single_partition_of_fp32_groups]
 
     def save(self, folder: Path) -> None:
-        """Write parameters, optimizer and schedule into a new folder; all ranks together."""
+        """Write parameters, optimizer and schedule into a new folder; all ranks together.
+
+        Raises:
+            OSError: on the ranks that could not write, after all have tried.
+        """
+        writer = self._deepspeed.checkpoint_engine
+        writer.error = None
         self._deepspeed.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
+        if writer.error is not None:
+            raise OSError(str(writer.error)) from writer.error
 
     def load(self, folder: Path) -> None:
         """Put back what `save` wrote at this world size. The files are pickles: verify them first.

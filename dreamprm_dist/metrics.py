@@ -31,6 +31,8 @@ FIELDS = {
     "seconds_hypergradient": "directional derivatives",
     "seconds_upper": "upper step",
     "bad_steps": "steps since the last line that were skipped for a NaN or infinite value",
+    "seconds_checkpoint": "the last checkpoint, in the line after it",
+    "checkpoint_bytes": "its size",
     "peak_memory_gib": "most memory of a rank so far (GPU memory, or resident set on a CPU)",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 
 import torch
@@ -35,9 +37,14 @@ class StopRequest:
 
 
 def leave_signals_to_the_rank(worker: int) -> None:
-    """For a rank's worker processes: a signal to the whole process group must not end them.
-
-    They end with their rank.
-    """
+    """For a rank's worker processes: a signal to the whole process group must not end them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """With their rank, also when it fails: multiprocessing would wait for them to heed SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch would report them as failures
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -211,7 +212,7 @@ class BilevelTrainer:
             initial=done,
             total=run.iteration_num,
         )
-        logged, stopping = done, False
+        logged, stopping, written = done, False, {}
         with StopRequest(self.device) as stop:
             for iteration in progress:
                 values = self.iteration(lower_stream, meta_stream)
@@ -219,20 +220,14 @@ class BilevelTrainer:
                 if iteration % run.log_every == 0 or is_last:
                     metrics = self._metrics(iteration, values, iteration - logged)
                     logged = iteration
-                    writer.write(metrics)
+                    writer.write(metrics | written)
+                    written = {}
                     shown = (k for k in ("lower_loss", "meta_loss") if k in metrics)
                     progress.set_postfix({k: f"{metrics[k]:.3f}" for k in shown})
                 self.bad_steps.end_iteration(iteration)
                 stopping = stop.noted() and not is_last
                 if iteration % run.save_every_iterations == 0 or is_last or stopping:
-                    save_checkpoint(
-                        self.run_folder,
-                        iteration,
-                        self.settings,
-                        self.engine,
-                        self.reweighter,
-                        run.keep_last,
-                    )
+                    written = self._save(iteration)
                 if stopping:
                     break
         progress.close()
@@ -242,6 +237,18 @@ class BilevelTrainer:
                 print(f"stopped by a signal; saved at iteration {iteration}", flush=True)
         else:
             self.export()
+
+    def _save(self, iteration: int) -> dict[str, float]:
+        """A checkpoint; returns what it took, for `metrics.jsonl`."""
+        start = time.perf_counter()
+        size = save_checkpoint(
+            self.run_folder,
+            {"iteration": iteration, "settings": self.settings},
+            self.engine,
+            self.reweighter,
+            self.config.run.keep_last,
+        )
+        return {"seconds_checkpoint": time.perf_counter() - start, "checkpoint_bytes": size}
 
     def iteration(
         self, lower_stream: Iterator[list[Batch]], meta_stream: Iterator[list[Batch]] | None

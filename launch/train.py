@@ -40,7 +40,7 @@ def main() -> None:
         device = distributed.initialize(config.run.device, config.run.collective_timeout)
         with distributed.naming_lost_ranks():
             train(config, device)
-    except (ValueError, FileNotFoundError, distributed.RankLostError) as error:
+    except (ValueError, OSError, distributed.RankLostError) as error:
         sys.exit(f"error: {error}")
     finally:
         distributed.shutdown()

@@ -80,7 +80,7 @@ class Run:
         """The lines that were written to their end, without what a clock or the system says."""
         file = self.run_folder / "metrics.jsonl"
         lines = file.read_text().split("\n")[:-1] if file.exists() else []
-        clocks = ("seconds", "samples_per_second", "peak_memory")
+        clocks = ("seconds", "samples_per_second", "peak_memory", "checkpoint_bytes")
         return [
             {k: v for k, v in json.loads(line).items() if not k.startswith(clocks)}
             for line in lines

@@ -5,14 +5,16 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from started_run import FLAGS, ITERATIONS, TRAIN, Run, same_files
 
-from dreamprm_dist.checkpoint import MANIFEST
+from dreamprm_dist.checkpoint_files import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,6 @@ def killed(stopped: Run, new_run) -> Run:
             process.send_signal(signal.SIGKILL)
     assert not (run.run_folder / "export").exists()
     return run
-
-
-def copy(run: Run, new_run) -> Run:
-    other = new_run()
-    shutil.copytree(run.run_folder, other.run_folder)
-    return other
 
 
 def assert_equal_runs(run: Run, whole: Run) -> None:
@@ -104,14 +100,48 @@ def test_a_stopped_killed_and_damaged_run_ends_as_the_whole_one(killed: Run, who
     run.finish()
     assert f"iteration-{newest} is damaged and skipped: the checksum of deepspeed/" in run.log()
     assert f"resuming from run/checkpoints/iteration-{before}" in run.log()
-    names = same_files(run.run_folder / "export", whole.run_folder / "export")
-    assert {"instance_weights.parquet", "model.safetensors"} <= set(names)
-    assert [line["iteration"] for line in run.metrics()] == list(range(1, ITERATIONS + 1))
-    assert run.metrics() == whole.metrics()
+    assert_equal_runs(run, whole)
     assert run.checkpoints() == whole.checkpoints()
     for rank in (0, 1):  # rows, moments, RNG
         file = f"checkpoints/iteration-{ITERATIONS}/rank-{rank}.safetensors"
         assert (run.run_folder / file).read_bytes() == (whole.run_folder / file).read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
+    small_disk: Path, tiny_prm_dir: Path, tiny_shards: Path, whole: Run
+):
+    run = Run(small_disk, tiny_prm_dir, tiny_shards)
+    ballast = small_disk / "ballast"
+    with run.started() as ranks:
+        run.wait_for(run.checkpoints, ranks)
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
+        assert [process.wait(timeout=120) for process in ranks] == [1, 1]
+    (said,) = (line for line in run.log().splitlines() if "error" in line)
+    assert said.startswith("error: no checkpoint could be saved in run, where ")
+    (kept,) = (run.run_folder / "checkpoints").iterdir()
+    assert kept.name == "iteration-3"
+    ballast.unlink()
+    run.finish()
+    assert "resuming from run/checkpoints/iteration-3" in run.log() and "damaged" not in run.log()
+    assert_equal_runs(run, whole)
+    written = [json.loads(x) for x in (run.run_folder / "metrics.jsonl").read_text().splitlines()]
+    sizes = {line["iteration"]: line.get("checkpoint_bytes") for line in written}
+    files = (run.run_folder / "checkpoints" / "iteration-12").rglob("*.*")
+    total = sum(file.stat().st_size for file in files if file.name != MANIFEST)
+    # The line after the save has it; the one after iteration 3 was written by the first start.
+    assert {i: size for i, size in sizes.items() if size} == dict.fromkeys((7, 10, 13), total)
 
 
 @pytest.fixture

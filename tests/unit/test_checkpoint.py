@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreamprm_dist.checkpoint import (
-    MANIFEST,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from dreamprm_dist.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from dreamprm_dist.checkpoint_files import MANIFEST
 from dreamprm_dist.metrics import cut_back
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -40,7 +36,8 @@ class Part:
 def save(run: Path, iteration: int, keep_last: int = 2) -> None:
     engine, reweighter = Part(), Part()
     engine.value, reweighter.value = iteration, -iteration
-    save_checkpoint(run, iteration, {"lr": 0.1}, engine, reweighter, keep_last)
+    state = {"iteration": iteration, "settings": {"lr": 0.1}}
+    save_checkpoint(run, state, engine, reweighter, keep_last)
 
 
 def names(run: Path) -> set[str]:
@@ -84,8 +81,8 @@ DAMAGES = {
     "more.pt is not of it": lambda path: (path / "more.pt").write_bytes(b""),
     "manifest.json cannot be read": lambda path: (path / MANIFEST).write_text('{"format'),
     "(KeyError: 'files')": lambda path: (path / MANIFEST).write_text("{}"),
-    "format_version 2 is unknown": lambda path: (path / MANIFEST).write_text(
-        json.dumps(json.loads((path / MANIFEST).read_text()) | {"format_version": 2})
+    "format_version 9 is unknown": lambda path: (path / MANIFEST).write_text(
+        json.dumps(json.loads((path / MANIFEST).read_text()) | {"format_version": 9})
     ),
 }
 

@@ -11,12 +11,13 @@ PACKAGE = ROOT / "dreamprm_dist"
 LEVELS = [
     {"config", "distributed", "trackers", "bad_steps"},
     {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "model_card"},
-    {"losses", "metrics", "export", "checkpoint", "engine", "hypergradient", "reweighters"},
+    {"losses", "metrics", "export", "hypergradient", "reweighters"},
+    {"checkpoint", "checkpoint_files", "engine", "engine_files"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
     {"api", "evaluation", "report"},
 ]
 OWNERS = {
-    "deepspeed": {"dreamprm_dist/engine.py"},
+    "deepspeed": {"dreamprm_dist/engine.py", "dreamprm_dist/engine_files.py"},
     "torch.distributed": {"dreamprm_dist/distributed.py"},
 }
 
