@@ -28,4 +28,6 @@ def batch_of(ids: list[int] | Tensor) -> Batch:
     """Instances of one labelled step each, without inputs."""
     ids = torch.as_tensor(ids)
     rows = torch.arange(len(ids))
-    return Batch(rows[:, None], None, rows, rows * 0, rows * 0, ids, torch.zeros(len(ids)))
+    no_tiles = rows[:0]
+    true_false = torch.zeros(len(ids))
+    return Batch(rows[:, None], None, no_tiles, rows, rows * 0, rows * 0, ids, true_false)
