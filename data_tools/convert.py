@@ -17,13 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
 from data_tools.mmmu import join_candidates, write_questions
+from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.schema import (
     MetaRecord,
     RecordError,
     parse_meta_record,
     parse_training_record,
+    read_json_records,
 )
 from dreamprm_dist.solutions import QUESTION_PREFIX, SYSTEM_PROMPT
 
@@ -121,7 +122,7 @@ def convert_files(
         for path in inputs:
             root = path.parent if image_root is None else image_root
             prefix = image_prefix(root, out)
-            for line, record in _progress(stream_records(path), path):
+            for line, record in _progress(read_json_records(path), path):
                 try:
                     if isinstance(record, RecordError):
                         raise record

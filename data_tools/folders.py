@@ -1,14 +1,22 @@
-"""Folders that appear only when they are complete, whatever kills the run that writes them."""
+"""Folders that appear only when they are complete, and work that a killed run leaves to the next.
+
+A run works in ``<out>.partial`` beside its output. What it has finished there is kept with its
+SHA-256, so that a run of the same job goes on from it.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from dreamprm_dist.data.shards import MANIFEST
+from dreamprm_dist.data.shards import MANIFEST, file_sha256
+
+_JOB = "job.json"
 
 
 def refuse_existing(out_dir: Path, overwrite: bool) -> None:
@@ -21,29 +29,39 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
         raise ValueError(f"{out_dir}: already holds shards; pass --overwrite to replace them.")
 
 
-def claim_folder(out_dir: Path, overwrite: bool) -> tuple[Path, int]:
-    """Clear up after killed runs and make this run's temporary folder.
+def work_folder(out_dir: Path) -> Path:
+    """Where a run works until ``out_dir`` is complete."""
+    return out_dir.with_name(f"{out_dir.name}.partial")
 
-    Returns the folder and a descriptor that holds its lock: the system drops the lock when the
-    run dies, which is how a killed run's folder is told from a live one's.
+
+def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
+    """Take over the work folder of a killed run of the same job, or make an empty one.
+
+    Args:
+        job: all that the finished pieces depend on, as JSON.
+
+    Returns:
+        The folder and a descriptor that holds its lock: the system drops the lock when the run
+        dies, which is how a killed run's folder is told from a live one's.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    siblings = sorted(out_dir.parent.iterdir())
-    for leftover in (p for p in siblings if p.name.startswith(f"{out_dir.name}.tmp-")):
-        try:
-            os.close(_lock(leftover))
-        except BlockingIOError:
-            raise ValueError(f"{out_dir}: another run is writing it; wait for its end.") from None
-        shutil.rmtree(leftover)
-    for old in (p for p in siblings if p.name.startswith(f"{out_dir.name}.old-")):
+    for old in sorted(out_dir.parent.glob(f"{out_dir.name}.old-*")):
         if out_dir.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:  # killed between the two renames of `move_into_place`
             old.rename(out_dir)
     refuse_existing(out_dir, overwrite)
-    tmp = out_dir.with_name(f"{out_dir.name}.tmp-{secrets.token_hex(4)}")
-    tmp.mkdir()
-    return tmp, _lock(tmp)
+    work = work_folder(out_dir)
+    work.mkdir(exist_ok=True)
+    try:
+        lock = _lock(work)
+    except BlockingIOError:
+        raise ValueError(f"{out_dir}: another run is writing it; wait for its end.") from None
+    if _read_note(work / _JOB) != job:
+        for path in work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _write_note(work / _JOB, job)
+    return work, lock
 
 
 def _lock(folder: Path) -> int:
@@ -56,14 +74,48 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def move_into_place(tmp: Path, out_dir: Path) -> None:
-    """Rename ``tmp`` to ``out_dir``; an old folder there is kept aside until that is done."""
+def make_once(path: Path, note: Path, make: Callable[[Path], dict]) -> dict:
+    """Make a file, unless an earlier run finished it and it still has the SHA-256 of then.
+
+    Args:
+        note: where its hash is kept, and what ``make`` returned.
+        make: writes the file at the place that it is given.
+
+    Returns:
+        What ``make`` returned, with the file's ``sha256``.
+    """
+    noted = _read_note(note)
+    if noted is not None and path.is_file() and file_sha256(path) == noted["sha256"]:
+        return noted
+    # A name of its own: a killed run's worker may still be writing.
+    unfinished = note.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    noted = {**make(unfinished), "sha256": file_sha256(unfinished)}
+    os.replace(unfinished, path)
+    _write_note(note, noted)
+    return noted
+
+
+def _read_note(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write_note(path: Path, note: dict) -> None:
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    unfinished.write_text(json.dumps(note), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def move_into_place(finished: Path, out_dir: Path) -> None:
+    """Rename ``finished`` to ``out_dir``; an old folder there is kept aside until that is done."""
     old = None
     if out_dir.exists() and any(out_dir.iterdir()):
         old = out_dir.with_name(f"{out_dir.name}.old-{secrets.token_hex(4)}")
         out_dir.rename(old)
     try:
-        tmp.rename(out_dir)
+        finished.rename(out_dir)
     except OSError:
         if old is not None:
             old.rename(out_dir)

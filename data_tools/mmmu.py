@@ -19,9 +19,14 @@ import datasets
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
-from dreamprm_dist.data.images import IMAGE_FORMATS, check_image
-from dreamprm_dist.data.schema import RecordError, parse_meta_record, parse_test_record
+from data_tools.record_files import RecordWriter, image_prefix, with_prefix
+from dreamprm_dist.data.images import IMAGE_FORMATS, decode_image
+from dreamprm_dist.data.schema import (
+    RecordError,
+    parse_meta_record,
+    parse_test_record,
+    read_json_records,
+)
 from dreamprm_dist.solutions import extract_answer, split_steps, steps_conversation
 
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
@@ -122,7 +127,7 @@ def _image_bytes(value: object, number: int) -> bytes:
     if not isinstance(data, bytes):
         raise RecordError(f"image_{number} holds no image bytes; download the data with images.")
     try:
-        check_image(data)
+        decode_image(data)
     except RecordError as error:
         raise RecordError(f"image_{number}: {error}") from error
     return data
@@ -198,14 +203,14 @@ def join_candidates(
     prefix = image_prefix(questions.parent, out)
     with RecordWriter(out, overwrite) as writer:
         by_question: dict[str, list[tuple[int, dict]]] = {}
-        for line, candidate in stream_records(candidates):
+        for line, candidate in read_json_records(candidates):
             if isinstance(candidate, RecordError):
                 writer.reject(candidates, line, candidate, str(candidate))
             elif not isinstance(candidate.get("id"), str):
                 writer.reject(candidates, line, candidate, "'id' must be the question's id.")
             else:
                 by_question.setdefault(candidate["id"], []).append((line, candidate))
-        for line, question in stream_records(questions):
+        for line, question in read_json_records(questions):
             try:
                 if isinstance(question, RecordError):
                     raise question

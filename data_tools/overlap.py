@@ -23,9 +23,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
+from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import IMAGE_FORMATS, read_image
-from dreamprm_dist.data.schema import RecordError, parse_test_record, parse_training_record
+from dreamprm_dist.data.schema import (
+    RecordError,
+    parse_test_record,
+    parse_training_record,
+    read_json_records,
+)
 from dreamprm_dist.solutions import QUESTION_PREFIX
 
 CHECKS = ("image", "lookalike", "question")
@@ -100,7 +105,7 @@ class Protected:
             ValueError: a record or an image cannot be read: it could not be protected.
         """
         root = path.parent if image_root is None else image_root
-        for line, record in stream_records(path):
+        for line, record in read_json_records(path):
             where = f"{path}, line {line}"
             try:
                 question, images = _question_and_images(record)
@@ -178,7 +183,7 @@ def remove_overlap(
         for path in against:
             protected.add_file(path, against_image_root)
         for line, record in tqdm(
-            stream_records(source), desc=source.name, unit="rec", disable=None
+            read_json_records(source), desc=source.name, unit="rec", disable=None
         ):
             try:
                 question, images = _question_and_images(record)

@@ -14,8 +14,8 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data_tools.json_stream import RecordWriter, image_prefix, stream_records, with_prefix
-from dreamprm_dist.data.schema import RecordError
+from data_tools.record_files import RecordWriter, image_prefix, with_prefix
+from dreamprm_dist.data.schema import RecordError, read_json_records
 
 BALANCES = ("final", "steps", "none")
 
@@ -86,7 +86,7 @@ def sample_file(
     prefix = image_prefix(source.parent, out)
     strata: dict[str, dict[str, list[int]]] = {"+": defaultdict(list), "-": defaultdict(list)}
     with RecordWriter(out, overwrite) as writer:
-        for line, record in stream_records(source):
+        for line, record in read_json_records(source):
             try:
                 dataset, label = _facts(record, balance)
             except RecordError as error:
@@ -94,7 +94,7 @@ def sample_file(
             else:
                 strata[label][dataset].append(line)
         chosen = _choose(strata, n, seed, balance)
-        for line, record in stream_records(source):
+        for line, record in read_json_records(source):
             if line in chosen:
                 writer.write(with_prefix(record, prefix))
     drawn: dict[str, dict[str, int]] = {}

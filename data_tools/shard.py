@@ -1,8 +1,11 @@
 """Turn training and meta records with their images into shard folders.
 
-Two passes over the source: the first parses, checks and hashes everything and keeps only small
-facts a record; the second reads the accepted records again in shard order and writes them, 16
-rows at a time. Every byte written depends on the input alone.
+    python -m data_tools.shard --train train.jsonl --meta meta.jsonl --out shards --num_shards 64
+
+The source is cut into blocks of lines. First every block is checked and its images are re-encoded,
+then the accepted records are numbered, then the shards are put together from the blocks; both by
+any number of workers. Every byte written depends on the input alone, and a run that was killed
+goes on where it was when it is started again.
 """
 
 from __future__ import annotations
@@ -10,72 +13,31 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import lru_cache, partial
-from itertools import islice
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.folders import claim_folder, move_into_place, refuse_existing
-from dreamprm_dist.data.images import read_image
-from dreamprm_dist.data.schema import (
-    JsonRecords,
-    MetaRecord,
-    RecordError,
-    TrainingRecord,
-    parse_meta_record,
-    parse_training_record,
-)
-from dreamprm_dist.data.shards import (
-    FORMAT_VERSION,
-    MANIFEST,
-    REJECTED,
-    ROW_GROUP_ROWS,
-    SCHEMAS,
-    file_sha256,
-)
-
-SOLUTION_MARK = "### Solution Process:"  # in VisualPRM's format the first step follows it
-WORKER_TIMEOUT_S = 600
-_CHUNK = 16
-_PARSERS = {"training": parse_training_record, "meta": parse_meta_record}
-# Images are compressed already; and statistics would copy whole images into the footer.
-_WRITER_OPTIONS = {
-    "compression": {
-        "sample_id": "ZSTD",
-        "source_id": "ZSTD",
-        "dataset": "ZSTD",
-        "conversations": "ZSTD",
-        "images.list.element": "NONE",
-        "image_sizes.list.element.list.element": "ZSTD",
-        "group_id": "ZSTD",
-        "true_false": "ZSTD",
-        "response": "ZSTD",
-    },
-    "use_dictionary": False,
-    "write_statistics": False,
-}
+from data_tools.folders import claim_folder, move_into_place, refuse_existing, work_folder
+from data_tools.shard_pieces import Job, Shard, find_blocks, make_block, make_shard
+from data_tools.workers import InOrder, start_workers
+from dreamprm_dist.data.schema import load_json_list, require_file, starts_with_bracket
+from dreamprm_dist.data.shards import FORMAT_VERSION, MANIFEST, REJECTED, SCHEMAS, file_sha256
 
 
 class _Accepted(NamedTuple):
-    position: int  # where `JsonRecords.at` finds the record again
-    image_sizes: list[tuple[int, int]]
-    image_digests: list[bytes]
-    group_key: str | bytes | None  # None in a training file
-
-
-class _Rejected(NamedTuple):
-    line: int
-    id: str | int | None
-    reason: str
+    block_starts: list[int]  # the first sample_id of each block
+    num_records: int
+    group_ids: list[int]  # one a record of a meta file; empty for a training file
+    num_rejected: int
 
 
 def shard_file(
@@ -84,9 +46,9 @@ def shard_file(
     kind: str,
     num_shards: int,
     image_root: str | Path | None = None,
-    num_workers: int = 1,
     progress: bool = True,
     overwrite: bool = False,
+    in_order: InOrder = map,
 ) -> dict:
     """Write one shard folder from a JSON list or JSONL file and return its manifest.
 
@@ -96,68 +58,64 @@ def shard_file(
     shard is ``group_id % num_shards``, rows are ordered by (group_id, file order).
 
     Image paths are relative to ``image_root``, by default the source's own folder. The folder
-    appears at ``out_dir`` only when it is complete; ``overwrite`` replaces a finished one.
+    appears at ``out_dir`` only when it is complete; ``overwrite`` replaces a finished one. Until
+    then the work lies in ``<out_dir>.partial``, where a later call with the same arguments goes on
+    from it; images that changed since are not noticed. Memory does not grow with the number of
+    training records; of a meta file a number a record is held.
+
+    Args:
+        in_order: how a function is applied to many items, such as what `start_workers` gives.
 
     Raises:
         FileNotFoundError: no such source.
         ValueError: nothing accepted, fewer records (questions) than shards, ``out_dir`` taken,
-            or the input changed meanwhile.
+            or the source changed meanwhile.
     """
-    source, out_dir = Path(source), Path(out_dir).resolve()
+    source, out_dir = require_file(source), Path(out_dir).resolve()
     if kind not in SCHEMAS:
         raise ValueError(f"unknown kind {kind!r}; use one of {', '.join(SCHEMAS)}.")
-    if num_shards < 1 or num_workers < 1:
-        raise ValueError("the number of shards and of workers must be 1 or more.")
-    records = JsonRecords(source)
-    root = source.parent if image_root is None else Path(image_root)
+    if num_shards < 1:
+        raise ValueError("the number of shards must be 1 or more.")
+    root = (source.parent if image_root is None else Path(image_root)).resolve()
     before = source.stat()
-    tmp, lock = claim_folder(out_dir, overwrite)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "num_shards": num_shards,
+        "source": {"path": source.name, "sha256": file_sha256(source)},
+    }
+    # The libraries that encode are part of it: their next release may write other bytes.
+    versions = {"pillow": PIL.__version__, "pyarrow": pa.__version__}
+    work, lock = claim_folder(
+        out_dir, overwrite, {**manifest, "image_root": str(root), "versions": versions}
+    )
     try:
-        source_entry = {"path": source.name, "sha256": file_sha256(source)}
-        accepted, num_rejected = _first_pass(
-            records, kind, root, num_workers, progress, tmp / REJECTED
-        )
-        group_ids = _dense_ids([entry.group_key for entry in accepted]) if kind == "meta" else None
-        owner_ids = range(len(accepted)) if group_ids is None else group_ids
-        num_owners = max(owner_ids) + 1
-        if num_owners < num_shards:
-            what = "accepted records" if group_ids is None else "questions"
-            raise ValueError(
-                f"{source}: {num_owners} {what} cannot fill {num_shards} shards; use at most "
-                f"{num_owners} shards."
-            )
-        # A stable sort: within a question the file's order stays.
-        ids_of_shard: list[list[int]] = [[] for _ in range(num_shards)]
-        for i in sorted(range(len(accepted)), key=owner_ids.__getitem__):
-            ids_of_shard[owner_ids[i] % num_shards].append(i)
-        shards = []
-        with tqdm(total=len(accepted), desc="writing", unit="rec", disable=_quiet(progress)) as bar:
-            for shard, ids in enumerate(ids_of_shard):
-                rows = (_row(records, kind, root, i, accepted[i], group_ids) for i in ids)
-                file = tmp / f"shard-{shard:05d}.parquet"
-                _write_shard(file, SCHEMAS[kind], rows, bar)
-                shards.append({"file": file.name, "rows": len(ids), "sha256": file_sha256(file)})
+        job = Job(_as_jsonl(source, work), kind, root, work)
+        job.blocks.mkdir(exist_ok=True)
+        job.shards.mkdir(exist_ok=True)
+        accepted = _make_blocks(job, source, in_order, progress)
+        manifest |= {
+            "num_rows": accepted.num_records,
+            "num_groups": max(accepted.group_ids) + 1 if accepted.group_ids else None,
+            "num_rejected": accepted.num_rejected,
+        }
+        _refuse_empty_shards(source, manifest)
+        manifest["shards"] = _make_shards(job, num_shards, accepted, in_order, progress)
         after = source.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ValueError(f"{source}: changed while it was being sharded; run again.")
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "kind": kind,
-            "num_rows": len(accepted),
-            "num_groups": num_owners if kind == "meta" else None,
-            "num_shards": num_shards,
-            "num_rejected": num_rejected,
-            "source": source_entry,
-            "shards": shards,
-        }
-        (tmp / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        move_into_place(tmp, out_dir)
+        (job.shards / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        move_into_place(job.shards, out_dir)
+        shutil.rmtree(work)
+    except ValueError:  # the input must change first, and then it is another job
+        shutil.rmtree(work)
+        raise
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
         os.close(lock)
     print(
-        f"{out_dir}: {len(accepted)} {kind} records in {num_shards} shards, {num_rejected} "
-        f"rejected" + (f" (see {out_dir / REJECTED})" if num_rejected else "")
+        f"{out_dir}: {accepted.num_records} {kind} records in {num_shards} shards, "
+        f"{accepted.num_rejected} rejected"
+        + (f" (see {out_dir / REJECTED})" if accepted.num_rejected else "")
     )
     return manifest
 
@@ -173,9 +131,7 @@ def cached_shards(
     Raises:
         FileNotFoundError, ValueError: as `shard_file`.
     """
-    source = Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file; give a JSON list or a JSONL file.")
+    source = require_file(source)
     name = f"{source.stem}-{kind}-{num_shards}-{file_sha256(source)[:12]}"
     if image_root is not None:
         name += "-" + hashlib.sha256(os.fsencode(Path(image_root).resolve())).hexdigest()[:8]
@@ -185,147 +141,86 @@ def cached_shards(
     return folder
 
 
-def _first_pass(
-    records: JsonRecords, kind: str, root: Path, num_workers: int, progress: bool, rejected: Path
-) -> tuple[list[_Accepted], int]:
-    """Check every record; write the rejected ones to a file, return the others and a count."""
-    _image_facts.cache_clear()  # an earlier call's images may have changed since
-    accepted: list[_Accepted] = []
-    first: _Rejected | None = None
-    num_rejected = 0
-    check = partial(_check_record, kind=kind, root=root)
-    results = _in_order(check, iter(records), num_workers)
-    # backslashreplace keeps a rejected id that is no valid Unicode as a JSON escape.
-    with rejected.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for result in tqdm(results, desc="checking", unit="rec", disable=_quiet(progress)):
-            if isinstance(result, _Accepted):
-                accepted.append(result)
-                continue
-            file.write(json.dumps(result._asdict(), ensure_ascii=False) + "\n")
-            first = first or result
-            num_rejected += 1
-    if not accepted:
-        if first is None:
-            raise ValueError(f"{records.path}: holds no record; give a file that has some.")
+def _as_jsonl(source: Path, work: Path) -> Path:
+    """The source, or a JSON list's entries as lines, so that every worker can read its own."""
+    if not starts_with_bracket(source):
+        return source.resolve()
+    lines = work / "records.jsonl"
+    with lines.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in load_json_list(source))
+    return lines
+
+
+def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _Accepted:
+    """Check every record; write the rejected ones to a file and say where the others are."""
+    blocks = list(find_blocks(job.lines))
+    if not blocks:
+        raise ValueError(f"{source}: holds no record; give a file that has some.")
+    rows, group_ids, num_rejected = [], [], 0
+    group_of: dict[str, int] = {}
+    first: dict | None = None
+    total = sum(block.num_records for block in blocks)
+    with (
+        (job.shards / REJECTED).open("w", encoding="utf-8", newline="\n") as file,
+        tqdm(total=total, desc="checking", unit="rec", disable=_quiet(progress)) as bar,
+    ):
+        for made in in_order(partial(make_block, job), blocks):
+            rows.append(made["rows"])
+            group_ids += [group_of.setdefault(key, len(group_of)) for key in made["group_keys"]]
+            for entry in made["rejected"]:
+                file.write(_json_text(entry) + "\n")
+                first = first or entry
+            num_rejected += len(made["rejected"])
+            bar.update(made["rows"] + len(made["rejected"]))
+    if not any(rows):
         raise ValueError(
-            f"{records.path}: all {num_rejected} records were rejected, so there is nothing to "
-            f"write; the first, at line {first.line}, because: {first.reason}"
+            f"{source}: all {num_rejected} records were rejected, so there is nothing to write; "
+            f"the first, at line {first['line']}, because: {first['reason']}"
         )
-    return accepted, num_rejected
+    *starts, num_records = accumulate(rows, initial=0)
+    return _Accepted(starts, num_records, group_ids, num_rejected)
 
 
-def _in_order(check: partial, items: Iterator, num_workers: int) -> Iterator:
-    if num_workers == 1:
-        yield from map(check, items)
+def _json_text(entry: dict) -> str:
+    """JSON that reads well, but for an id that is no valid Unicode and stays escaped."""
+    text = json.dumps(entry, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _refuse_empty_shards(source: Path, manifest: dict) -> None:
+    what = "accepted records" if manifest["kind"] == "training" else "questions"
+    count = manifest["num_groups"] or manifest["num_rows"]
+    if count < manifest["num_shards"]:
+        raise ValueError(
+            f"{source}: {count} {what} cannot fill {manifest['num_shards']} shards; use at most "
+            f"{count} shards."
+        )
+
+
+def _make_shards(
+    job: Job, num_shards: int, accepted: _Accepted, in_order: InOrder, progress: bool
+) -> list[dict]:
+    made = []
+    make = partial(make_shard, job, accepted.block_starts)
+    total = accepted.num_records
+    with tqdm(total=total, desc="writing", unit="rec", disable=_quiet(progress)) as bar:
+        for entry in in_order(make, _shards(num_shards, accepted)):
+            made.append(entry)
+            bar.update(entry["rows"])
+    return made
+
+
+def _shards(num_shards: int, accepted: _Accepted) -> Iterator[Shard]:
+    group_ids = accepted.group_ids
+    if not group_ids:
+        for index in range(num_shards):
+            yield Shard(index, range(index, accepted.num_records, num_shards), None)
         return
-    # spawn: a forked worker would inherit the lock, and threads of whoever calls this.
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        # Chunks made here: the iterator of imap's own chunks has no time limit.
-        chunks = iter(lambda: list(islice(items, _CHUNK)), [])
-        results = pool.imap(partial(_check_chunk, check), chunks)
-        while True:
-            try:
-                yield from results.next(timeout=WORKER_TIMEOUT_S)
-            except StopIteration:
-                return
-            except multiprocessing.TimeoutError:  # a pool never reports that a worker was killed
-                raise ValueError(
-                    f"no record was checked for {WORKER_TIMEOUT_S} s, so a worker was probably "
-                    "killed (out of memory?); use fewer workers."
-                ) from None
-
-
-def _check_chunk(check: partial, items: list) -> list[_Accepted | _Rejected]:
-    return [check(item) for item in items]
-
-
-def _check_record(
-    item: tuple[int, int, dict | RecordError], kind: str, root: Path
-) -> _Accepted | _Rejected:
-    line, position, record = item
-    try:
-        if isinstance(record, RecordError):
-            raise record
-        parsed = _PARSERS[kind](record)
-        facts = [_image_facts(str(root / image), image) for image in parsed.images]
-    except RecordError as error:
-        source_id = record.get("id") if isinstance(record, dict) else None
-        return _Rejected(line, source_id if isinstance(source_id, str | int) else None, str(error))
-    digests = [digest for digest, _ in facts]
-    key = _group_key(parsed, digests) if kind == "meta" else None
-    return _Accepted(position, [size for _, size in facts], digests, key)
-
-
-def _group_key(record: TrainingRecord, digests: list[bytes]) -> str | bytes:
-    """What the solutions of one question share: the id, else image bytes and question text."""
-    if record.source_id not in ("", "-1"):
-        return record.source_id
-    human = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
-    question = human.partition(SOLUTION_MARK)[0].strip()
-    return hashlib.sha256(b"".join(digests) + question.encode("utf-8")).digest()
-
-
-@lru_cache(maxsize=4096)  # solutions of one question share an image, and decoding it is the cost
-def _image_facts(path: str, shown: str) -> tuple[bytes, tuple[int, int]]:
-    """(SHA-256 digest, (width, height)) of an image file; RecordError names it as ``shown``."""
-    data, size = read_image(path, shown)
-    return hashlib.sha256(data).digest(), size
-
-
-def _dense_ids(keys: list) -> list[int]:
-    """Integers from 0 in order of first appearance; the same integer for equal keys."""
-    ids: dict = {}
-    return [ids.setdefault(key, len(ids)) for key in keys]
-
-
-def _row(
-    records: JsonRecords,
-    kind: str,
-    root: Path,
-    sample_id: int,
-    entry: _Accepted,
-    group_ids: list[int] | None,
-) -> dict:
-    try:
-        record = _PARSERS[kind](records.at(entry.position))
-        images = [read_image(root / image, image)[0] for image in record.images]
-    except RecordError as error:
-        raise ValueError(f"{records.path}: changed while being sharded: {error}") from error
-    if [hashlib.sha256(data).digest() for data in images] != entry.image_digests:
-        raise ValueError(
-            f"{records.path}: an image of {record.images} changed while being sharded; run again."
-        )
-    row = {
-        "sample_id": sample_id,
-        "source_id": record.source_id,
-        "dataset": record.dataset,
-        "conversations": json.dumps(record.conversations, ensure_ascii=False),
-        "images": images,
-        "image_sizes": entry.image_sizes,
-    }
-    if isinstance(record, MetaRecord):
-        row["group_id"] = group_ids[sample_id]
-        row["true_false"] = record.true_false
-        row["response"] = record.response
-    return row
-
-
-def _write_shard(path: Path, schema: pa.Schema, rows: Iterator[dict], bar: tqdm) -> None:
-    buffer: list[dict] = []
-    with pq.ParquetWriter(path, schema, **_WRITER_OPTIONS) as writer:
-
-        def flush() -> None:
-            table = pa.Table.from_pylist(buffer, schema=schema)
-            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
-            bar.update(len(buffer))
-            buffer.clear()
-
-        for row in rows:
-            buffer.append(row)
-            if len(buffer) == ROW_GROUP_ROWS:
-                flush()
-        if buffer:
-            flush()
+    # A stable sort: within a question the file's order stays.
+    in_groups = sorted(range(accepted.num_records), key=group_ids.__getitem__)
+    for index in range(num_shards):
+        sample_ids = [i for i in in_groups if group_ids[i] % num_shards == index]
+        yield Shard(index, sample_ids, [group_ids[i] for i in sample_ids])
 
 
 def _quiet(progress: bool) -> bool | None:
@@ -338,9 +233,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m data_tools.shard",
         description="Check training and meta records, and pack them with their images into the "
         "shard folders OUT/train and OUT/meta that training reads. A record that cannot be taken "
-        "is listed with its reason in rejected.jsonl there; nothing is dropped silently.",
+        "is listed with its reason in rejected.jsonl there; nothing is dropped silently. A run "
+        "that was killed goes on where it was when it is started again. Under mpirun the ranks "
+        "are the workers, on as many machines as see the same files.",
         epilog="example: python -m data_tools.shard --train train.json --meta meta.json "
-        "--out shards --num_shards 8 --num_workers 4",
+        "--out shards --num_shards 8 --workers 4",
     )
     add = parser.add_argument
     add("--train", type=Path, help="training records, a JSON list or JSONL")
@@ -358,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         help="folder that image paths start from (default: the JSON file's own folder)",
     )
-    add("--num_workers", type=int, default=1, help="processes that check images (default: 1)")
+    add("--workers", type=int, default=1, help="processes on this machine (default: 1)")
     add("--overwrite", action="store_true", help="replace shard folders that are there already")
     args = parser.parse_args(argv)
     jobs = [
@@ -369,18 +266,23 @@ def main(argv: list[str] | None = None) -> None:
     if not jobs:
         parser.error("give --train, --meta or both")
     try:
-        for _, folder, _, _ in jobs:  # before the work on the first, not after it
-            refuse_existing(folder, args.overwrite)
-        for source, folder, kind, num_shards in jobs:
-            shard_file(
-                source,
-                folder,
-                kind,
-                num_shards,
-                image_root=args.image_root,
-                num_workers=args.num_workers,
-                overwrite=args.overwrite,
-            )
+        with start_workers(args.workers) as in_order:
+            if in_order is None:  # one of mpirun's other ranks, which has done its work
+                return
+            if not args.overwrite and any(work_folder(folder).exists() for _, folder, _, _ in jobs):
+                jobs = [job for job in jobs if not (job[1] / MANIFEST).is_file()]
+            for _, folder, _, _ in jobs:  # before the work on the first, not after it
+                refuse_existing(folder, args.overwrite)
+            for source, folder, kind, num_shards in jobs:
+                shard_file(
+                    source,
+                    folder,
+                    kind,
+                    num_shards,
+                    image_root=args.image_root,
+                    overwrite=args.overwrite,
+                    in_order=in_order,
+                )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

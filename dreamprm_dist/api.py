@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.best_of_n import aggregate_candidates, select
-from dreamprm_dist.data.images import check_image, read_image
+from dreamprm_dist.data.images import decode_image, read_image
 from dreamprm_dist.prm import model as network
 from dreamprm_dist.scoring import score_solutions
 from dreamprm_dist.solutions import split_steps
@@ -151,6 +151,6 @@ def _encoded(image: ImageLike) -> bytes:
             raise ValueError(f"the image cannot be read ({error}); open it again") from error
         return buffer.getvalue()
     if isinstance(image, bytes):
-        check_image(image)
+        decode_image(image)
         return image
     return read_image(image, str(image))[0]

@@ -58,7 +58,7 @@ def score_conversations(
 
     Args:
         conversations: turns as in `prm.chat.encode_conversation`; labels are not looked at.
-        images: encoded images, checked by `data.schema.check_image`.
+        images: encoded images, checked by `data.images.decode_image`.
         max_tiles: most tiles of an image, thumbnail not counted.
 
     Returns:

@@ -15,14 +15,14 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_IMAGE_BYTES = 64 << 20  # 16 rows of one such image stay below Arrow's 2 GiB a column chunk
 
 
-def read_image(path: str | Path, shown: str) -> tuple[bytes, tuple[int, int]]:
-    """An image file's bytes and its (width, height) in pixels.
+def read_image(path: str | Path, shown: str) -> tuple[bytes, Image.Image]:
+    """An image file's bytes, and the image decoded.
 
     Args:
         shown: how the record names the image, for messages.
 
     Raises:
-        RecordError: there is no such file, it is too large, or see `check_image`.
+        RecordError: there is no such file, it is too large, or see `decode_image`.
     """
     try:
         # A device or a pipe would never end; a sparse file would fill the memory.
@@ -36,13 +36,13 @@ def read_image(path: str | Path, shown: str) -> tuple[bytes, tuple[int, int]]:
     except OSError as error:
         raise RecordError(f"image {shown!r}: cannot be read ({error.strerror}).") from error
     try:
-        return data, check_image(data)
+        return data, decode_image(data)
     except RecordError as error:
         raise RecordError(f"image {shown!r}: {error}") from error
 
 
-def check_image(data: bytes, max_pixels: int = 64_000_000) -> tuple[int, int]:
-    """Decode an image in full and return (width, height) in pixels, as the header gives them.
+def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:
+    """Decode an image in full.
 
     An EXIF orientation is not applied; of an animation only the first frame is decoded.
 
@@ -53,16 +53,17 @@ def check_image(data: bytes, max_pixels: int = 64_000_000) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width < 1 or height < 1:
-                    raise RecordError(f"the image is {width}x{height}: it has no pixels.")
-                if width * height > max_pixels:
-                    raise RecordError(
-                        f"the image has too many pixels ({width}x{height}, more than "
-                        f"{max_pixels:,}); make it smaller."
-                    )
-                image.load()
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise RecordError(f"the image is {width}x{height}: it has no pixels.")
+            if width * height > max_pixels:
+                raise RecordError(
+                    f"the image has too many pixels ({width}x{height}, more than "
+                    f"{max_pixels:,}); make it smaller."
+                )
+            image.load()
+            return image
     except RecordError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -79,4 +80,3 @@ def check_image(data: bytes, max_pixels: int = 64_000_000) -> tuple[int, int]:
         raise RecordError(
             f"the image is truncated or broken ({error}); replace the file."
         ) from error
-    return width, height

@@ -10,10 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 IMAGE_PLACEHOLDER = "<image>"
 # The chat format's own structure; text that holds one of these could forge it.
 RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
+MAX_LINE_BYTES = 16 << 20  # a longer line is garbage; it is skipped without being held
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -64,74 +66,72 @@ class TestRecord:
     step_labels: list[list[str | None]] | None = None
 
 
-class JsonRecords:
-    """The records of a JSON list or a JSONL file, in file order and one by one.
-
-    The first non-blank character decides: ``[`` is a JSON list (held in memory as a whole),
-    anything else is JSONL (streamed). UTF-8, with or without a byte order mark.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: a JSON list that does not parse; a malformed JSONL line is yielded instead.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            what = "is a folder, not a file" if self.path.is_dir() else "no such file"
-            raise FileNotFoundError(f"{self.path}: {what}; give a JSON list or a JSONL file.")
-        self._list = _load_list(self.path) if starts_with_bracket(self.path) else None
-
-    def __iter__(self) -> Iterator[tuple[int, int, dict | RecordError]]:
-        """Yield (1-based line or list index, position for `at`, record or what is wrong)."""
-        if self._list is not None:
-            for index in range(len(self._list)):
-                yield index + 1, index, self.at(index)
-            return
-        with self.path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                if line.removeprefix(_BOM).strip():
-                    yield number, offset, self._parse_line(line, f"line {number}")
-                offset += len(line)
-
-    def at(self, position: int) -> dict | RecordError:
-        """The record at a position that iterating gave: a byte offset, or an index of the list."""
-        if self._list is not None:
-            return self._object(self._list[position], f"record {position + 1}")
-        with self.path.open("rb") as file:
-            file.seek(position)
-            return self._parse_line(file.readline(), f"byte {position}")
-
-    def _parse_line(self, line: bytes, where: str) -> dict | RecordError:
-        try:
-            return self._object(json.loads(line.removeprefix(_BOM).decode("utf-8")), where)
-        # RecursionError: thousands of nested brackets; a bad line must not end the whole run.
-        except (ValueError, RecursionError) as error:
-            return RecordError(
-                f"{self.path}, {where}: not valid JSON ({error}); fix or remove the line."
-            )
-
-    def _object(self, value: object, where: str) -> dict | RecordError:
-        if isinstance(value, dict):
-            return value
-        return RecordError(
-            f"{self.path}, {where}: a record must be a JSON object, not {_shown(value)}."
-        )
-
-
 def read_json_records(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]:
     """Yield (line, record) for JSONL or (index, record) for a JSON list, both counted from 1.
 
-    A malformed JSONL line, or an entry that is no object, is yielded as a RecordError and reading
-    goes on.
+    The first non-blank character decides: ``[`` is a JSON list (held in memory as a whole),
+    anything else is JSONL, of which no more than one line is held. UTF-8, with or without a byte
+    order mark. A line, or an entry, that is no JSON object is yielded as a RecordError that says
+    why, as is a line longer than `MAX_LINE_BYTES`, and reading goes on.
 
     Raises:
         FileNotFoundError: there is no such file.
         RecordError: a malformed JSON list, with file, line and column.
     """
-    records = JsonRecords(path)  # here, so that a missing file is reported at the call
-    return ((line, record) for line, _, record in records)
+    path = require_file(path)
+    if starts_with_bracket(path):
+        values = load_json_list(path)
+        return ((index, _object(value)) for index, value in enumerate(values, start=1))
+    return _read_lines(path)
+
+
+def require_file(path: str | Path) -> Path:
+    """The path of a record file; FileNotFoundError when there is none."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}; give a JSON list or a JSONL file.")
+    return path
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, dict | RecordError]]:
+    with path.open("rb") as file:
+        for number, line in json_lines(file):
+            yield number, parse_line(line)
+
+
+def json_lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number, line) for the lines that are not blank; None for one that is too long.
+
+    Args:
+        number: of the line that the file stands at.
+    """
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
+                pass
+            yield number, None
+        elif line.removeprefix(_BOM).strip():
+            yield number, line
+        number += 1
+
+
+def parse_line(line: bytes | None) -> dict | RecordError:
+    """The record in a line of `json_lines`, or what is wrong with it."""
+    if line is None:
+        return RecordError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; remove it.")
+    try:
+        return _object(json.loads(line.removeprefix(_BOM).decode("utf-8")))
+    # RecursionError: thousands of nested brackets; a bad line must not end the whole run.
+    except (ValueError, RecursionError) as error:
+        return RecordError(f"not valid JSON ({error}); fix or remove the line.")
+
+
+def _object(value: object) -> dict | RecordError:
+    try:
+        return _require_object(value)
+    except RecordError as error:
+        return error
 
 
 def parse_training_record(record: object) -> TrainingRecord:
@@ -247,7 +247,8 @@ def starts_with_bracket(path: Path) -> bool:
     return start.startswith(b"[")
 
 
-def _load_list(path: Path) -> list:
+def load_json_list(path: Path) -> list:
+    """The entries of a JSON list; RecordError with line and column when it is malformed."""
     data = path.read_bytes()
     try:
         return json.loads(data.decode("utf-8-sig"))

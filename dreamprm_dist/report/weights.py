@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dreamprm_dist.data.images import check_image
+from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import RecordError
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure, wrap
@@ -107,7 +107,7 @@ def _short(text: str) -> str:
 
 def _thumbnail(data: bytes) -> str:
     try:
-        check_image(data)
+        decode_image(data)
     except RecordError:
         return "<p>(image cannot be shown)</p>"
     image = Image.open(io.BytesIO(data)).convert("RGB")

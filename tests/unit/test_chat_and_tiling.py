@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dreamprm_dist.prm import encode_conversation, tile_grid
-from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT
-from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles, num_tiles
+from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT, encode_conversation
+from dreamprm_dist.prm.tile_grid import num_tiles, tile_grid, usable_size
+from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,26 @@ def test_tiles_are_cut_row_by_row_and_end_with_the_thumbnail():
     # Away from the borders, where bicubic resampling leaves constant areas as they are.
     centres = (back[:6, 0, 16, 16] * 255).round()
     assert centres.tolist() == grey.reshape(-1).tolist()
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 9000), height=st.integers(1, 9000), max_tiles=st.integers(1, 12))
+def test_a_usable_size_has_the_same_grids_and_is_never_enlarged(width, height, max_tiles):
+    small = usable_size(width, height, max_tiles)
+    if small == (width, height):
+        return
+    assert small[0] <= width and small[1] <= height
+    for tiles in range(1, max_tiles + 1):
+        columns, rows = tile_grid(*small, tiles)
+        assert (columns, rows) == tile_grid(width, height, tiles)
+        assert columns * 448 <= small[0] and rows * 448 <= small[1]
+
+
+def test_usable_sizes():
+    assert usable_size(4000, 3000, 12) == (1792, 1344)  # 4 x 3 tiles
+    assert usable_size(3000, 3000, 6) == (896, 896)  # 2 x 2 tiles
+    assert usable_size(700, 700, 12) == (700, 700)  # tiling enlarges it
+    assert usable_size(60_000, 20, 12) == (60_000, 20)  # not high enough for one tile
 
 
 @pytest.mark.parametrize("size", [(0, 5, 1), (5, 0, 1), (5, 5, 0)])

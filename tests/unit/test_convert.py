@@ -9,7 +9,7 @@ import datasets
 import pytest
 from PIL import Image
 
-import data_tools.json_stream as json_stream
+import dreamprm_dist.data.schema as schema
 from data_tools.convert import convert_raw, main
 from data_tools.mmmu import parse_options
 from data_tools.shard import shard_file
@@ -180,7 +180,7 @@ def test_inputs_of_one_name_and_files_that_are_there_are_refused(tmp_path):
 
 
 def test_conversations_with_bom_crlf_repeated_ids_and_garbage(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 2000)
     good = [{"id": i, "conversations": turns("+", None, "-")} for i in (-1, -1, "x", "x", None)]
     text = [json.dumps(record).encode() for record in good]
     bad = [b"{", b"7", b"\xff\xfe", b"[" * 1900, b"z" * 5000, json.dumps({"id": "no"}).encode()]
@@ -202,10 +202,10 @@ def test_conversations_with_bom_crlf_repeated_ids_and_garbage(tmp_path, monkeypa
 
 
 def test_a_line_at_the_limit_is_taken_and_one_byte_more_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": "abcdefghi"}\n{"id": "abcdefghij"}\n{"id": 1}')
-    (_, first), (_, second), (number, third) = json_stream.stream_records(path)
+    (_, first), (_, second), (number, third) = read_json_records(path)
     assert (first, number, third) == ({"id": "abcdefghi"}, 3, {"id": 1})
     assert isinstance(second, RecordError)
 

@@ -9,7 +9,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from dreamprm_dist.data.images import check_image
+from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import (
     MetaRecord,
     RecordError,
@@ -89,7 +89,6 @@ def test_a_bad_jsonl_line_is_reported_and_reading_goes_on(tmp_path, bad):
     (_, first), (line, error), (last_line, last) = read_json_records(path)
     assert (first, last, last_line) == ({"id": 1}, {"id": 3}, 3)
     assert isinstance(error, RecordError) and line == 2
-    assert str(path) in str(error) and "line 2" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,7 @@ def test_a_list_entry_that_is_no_object_is_reported(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"id": 1}, 7]')
     (_, first), (index, error) = read_json_records(path)
-    assert first == {"id": 1} and index == 2 and "record 2" in str(error)
+    assert first == {"id": 1} and index == 2 and "not 7" in str(error)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -289,10 +288,10 @@ def test_bad_test_records(fields, message):
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_good_images_and_truncated_ones(format):
     data = image_bytes(format, size=(160, 120))
-    assert check_image(data) == (160, 120)
+    assert decode_image(data).size == (160, 120)
     for share in (0.9, 0.5):
         with pytest.raises(RecordError, match="truncated or broken"):
-            check_image(data[: int(len(data) * share)])
+            decode_image(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize(
@@ -303,39 +302,39 @@ def test_good_images_and_truncated_ones(format):
 def test_decompression_bombs_are_refused_from_the_header(width, height):
     # Decoding would fail too, this file holds no such picture: the message tells which came first.
     with pytest.raises(RecordError, match="too many pixels"):
-        check_image(png_header(width, height))
+        decode_image(png_header(width, height))
 
 
 def test_max_pixels_is_inclusive():
     data = image_bytes(size=(20, 10))
-    assert check_image(data, max_pixels=200) == (20, 10)
+    assert decode_image(data, max_pixels=200).size == (20, 10)
     with pytest.raises(RecordError, match="too many pixels"):
-        check_image(data, max_pixels=199)
+        decode_image(data, max_pixels=199)
 
 
 @pytest.mark.parametrize("format", ["TIFF", "PPM", "ICO"])
 def test_other_formats_are_refused(format):
     with pytest.raises(RecordError, match="supported format"):
-        check_image(image_bytes(format, size=(32, 32)))
+        decode_image(image_bytes(format, size=(32, 32)))
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", json.dumps(GOOD).encode()])
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(RecordError, match="supported format"):
-        check_image(data)
+        decode_image(data)
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, 0)])
 def test_zero_size_is_refused(size):
     with pytest.raises(RecordError, match=r"no pixels|supported format|broken"):
-        check_image(png_header(*size))
+        decode_image(png_header(*size))
 
 
 def test_damage_inside_a_png_is_refused():
     data = bytearray(image_bytes(size=(160, 120)))
     data[data.index(b"IDAT") + 20] ^= 0xFF
     with pytest.raises(RecordError, match="truncated or broken"):
-        check_image(bytes(data))
+        decode_image(bytes(data))
 
 
 def test_text_with_the_chat_formats_own_tokens_is_refused():

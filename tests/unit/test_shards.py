@@ -1,4 +1,4 @@
-"""Shard folders: what is written, what is refused, and what a killed run leaves behind."""
+"""Shard folders: what is written, what is refused, and how they are read."""
 
 import hashlib
 import io
@@ -7,9 +7,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from PIL import Image
 
 import data_tools.shard as shard_module
 from data_tools.shard import cached_shards, main, shard_file
+from data_tools.workers import start_workers
 from dreamprm_dist.data.shards import MANIFEST, REJECTED, ShardFolder
 
 REPO = Path(__file__).resolve().parents[2]
@@ -190,9 +188,10 @@ def test_image_root_and_absolute_paths(tmp_path):
 def test_any_number_of_workers_writes_the_same_bytes(train, tmp_path):
     with train.open("a") as file:
         file.write("broken\n" + json.dumps(record(0, "missing.png")) + "\n")
-    shard_file(train, tmp_path / "one", "training", 3, num_workers=1)
+    shard_file(train, tmp_path / "one", "training", 3)
     time.sleep(1.1)  # a time stamp in seconds would differ
-    shard_file(train, tmp_path / "two", "training", 3, num_workers=2)
+    with start_workers(2) as in_order:
+        shard_file(train, tmp_path / "two", "training", 3, in_order=in_order)
     assert len(tree(tmp_path / "one")) == 5
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
@@ -287,116 +286,14 @@ def test_a_missing_source_and_a_malformed_list_are_errors(tmp_path):
         shard_file(source, tmp_path / "out", "training", 1)
 
 
-@pytest.mark.parametrize("what", ["image", "source"])
-def test_input_that_changes_between_the_passes_is_noticed(train, tmp_path, monkeypatch, what):
-    write_shard = shard_module._write_shard
+def test_a_source_that_changes_meanwhile_is_noticed(train, tmp_path):
+    def change_then_map(function, items):
+        train.write_text(train.read_text() + "\n")
+        return map(function, items)
 
-    def change_then_write(*args):
-        if what == "image":
-            write_image(tmp_path / "0.png", "white")
-        else:
-            train.write_text(train.read_text() + "\n")
-        write_shard(*args)
-
-    monkeypatch.setattr(shard_module, "_write_shard", change_then_write)
     with pytest.raises(ValueError, match="changed while"):
-        shard_file(train, tmp_path / "out", "training", 2)
+        shard_file(train, tmp_path / "out", "training", 2, in_order=change_then_map)
     assert not list(tmp_path.glob("out*"))
-
-
-# Atomic
-
-
-def test_an_existing_folder_is_kept_unless_overwrite(train, tmp_path):
-    out = tmp_path / "out"
-    shard_file(train, out, "training", 2)
-    before = tree(out)
-    with pytest.raises(ValueError, match="--overwrite"):
-        shard_file(train, out, "training", 3)
-    assert tree(out) == before
-    shard_file(train, out, "training", 3, overwrite=True)
-    assert ShardFolder(out).num_shards == 3 and len(tree(out)) == 5
-    assert [p.name for p in tmp_path.glob("out*")] == ["out"]
-
-
-def test_overwrite_never_replaces_a_folder_that_is_no_shard_folder(train, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is no shard folder"):
-        shard_file(train, out, "training", 2, overwrite=True)
-    assert (out / "thesis.txt").read_text() == "mine"
-
-
-def test_a_failed_replacement_leaves_the_old_folder(train, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shard_file(train, out, "training", 2)
-    before = tree(out)
-    rename = Path.rename
-
-    def fail_for_new(self, target):
-        if ".tmp-" in self.name:
-            raise OSError("disk full")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="disk full"):
-        shard_file(train, out, "training", 3, overwrite=True)
-    assert tree(out) == before and [p.name for p in tmp_path.glob("out*")] == ["out"]
-
-
-def test_a_folder_killed_between_the_two_renames_comes_back(train, tmp_path):
-    out = tmp_path / "out"
-    shard_file(train, out, "training", 2)
-    before = tree(out)
-    out.rename(tmp_path / "out.old-12345678")
-    with pytest.raises(ValueError, match="--overwrite"):
-        shard_file(train, out, "training", 3)
-    assert tree(out) == before and [p.name for p in tmp_path.glob("out*")] == ["out"]
-
-
-def test_a_live_run_is_not_disturbed(train, tmp_path):
-    tmp, lock = shard_module.claim_folder(tmp_path / "out", overwrite=False)
-    try:
-        with pytest.raises(ValueError, match="another run is writing it"):
-            shard_file(train, tmp_path / "out", "training", 2)
-        assert tmp.is_dir()
-    finally:
-        os.close(lock)
-    shard_file(train, tmp_path / "out", "training", 2)
-    assert [p.name for p in tmp_path.glob("out*")] == ["out"]
-
-
-@pytest.mark.parametrize("moment", ["*.tmp-*", "*.tmp-*/*.parquet"], ids=["checking", "writing"])
-@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
-def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path, moment, replacing):
-    # Noise does not compress, so that the run lasts long enough to be killed in the middle.
-    Image.effect_noise((300, 300), 90).save(tmp_path / "noise.png")
-    source = write_jsonl(tmp_path / "a.jsonl", [record(i, "noise.png") for i in range(600)])
-    out = tmp_path / "shards"
-    if replacing:
-        shard_file(source, out / "train", "training", 2)
-        before = tree(out / "train")
-    command = [sys.executable, "-m", "data_tools.shard", "--train", str(source)]
-    command += ["--out", str(out), "--num_shards", "20", "--overwrite"]
-    process = subprocess.Popen(command, cwd=REPO)
-    deadline = time.monotonic() + 60
-    while not list(out.glob(moment)) and time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    (leftover,) = out.glob("train.tmp-*")
-    with pytest.raises(ValueError, match="sharding did not finish"):
-        ShardFolder(leftover)
-    if replacing:
-        assert tree(out / "train") == before
-    else:
-        assert not (out / "train").exists()
-    subprocess.run(command, cwd=REPO, check=True)
-    folder = ShardFolder(out / "train")
-    folder.verify()
-    assert (folder.num_shards, folder.num_rows) == (20, 600)
-    assert [p.name for p in out.iterdir()] == ["train"]
 
 
 # Reading

@@ -1,53 +1,10 @@
-"""Record files in and out: JSONL read in constant memory, and written with its rejections."""
+"""Records out: JSONL with its rejections beside it, and image paths that start from its folder."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-
-from dreamprm_dist.data.schema import RecordError, read_json_records, starts_with_bracket
-
-MAX_LINE_BYTES = 16 << 20
-_BOM = b"\xef\xbb\xbf"
-
-
-def stream_records(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]:
-    """Yield (line, record), as `read_json_records` does, holding no more than one line.
-
-    A line that is no JSON object, or is longer than `MAX_LINE_BYTES`, is yielded as a RecordError
-    that says why, and reading goes on. A JSON list is held in memory as a whole.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: a JSON list that does not parse.
-    """
-    path = Path(path)
-    if not path.is_file() or starts_with_bracket(path):
-        yield from read_json_records(path)
-        return
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                    pass
-                yield number, RecordError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB.")
-            elif line.removeprefix(_BOM).strip():
-                yield number, _parse(line)
-
-
-def _parse(line: bytes) -> dict | RecordError:
-    try:
-        record = json.loads(line.removeprefix(_BOM).decode("utf-8"))
-    # RecursionError: thousands of nested brackets; a bad line must not end the whole run.
-    except (ValueError, RecursionError) as error:
-        return RecordError(f"not valid JSON ({error}).")
-    if isinstance(record, dict):
-        return record
-    return RecordError(f"a record must be a JSON object, not {type(record).__name__}.")
 
 
 def image_prefix(root: Path, out: Path) -> str:

@@ -1,0 +1,243 @@
+"""What sharding does in its workers: a block of the source's lines becomes a file of checked rows,
+and rows of many blocks become a shard.
+
+Every image is read, checked and re-encoded once, when its block is made. A block's rows lie in an
+Arrow file, of which a shard maps the few rows that it needs. Both kinds of file are kept over a
+kill (`folders.make_once`) and depend on the job alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools.folders import make_once
+from data_tools.reencode import shard_image
+from dreamprm_dist.data.images import MAX_IMAGE_BYTES
+from dreamprm_dist.data.schema import (
+    MetaRecord,
+    RecordError,
+    TrainingRecord,
+    json_lines,
+    parse_line,
+    parse_meta_record,
+    parse_training_record,
+)
+from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
+
+SOLUTION_MARK = "### Solution Process:"  # in VisualPRM's format the first step follows it
+BLOCK_RECORDS = 256  # what a killed worker loses at most
+BLOCK_BYTES = 64 << 20
+_PARSERS = {"training": parse_training_record, "meta": parse_meta_record}
+# Images are compressed already; and statistics would copy whole images into the footer.
+_WRITER_OPTIONS = {
+    "compression": {
+        "sample_id": "ZSTD",
+        "source_id": "ZSTD",
+        "dataset": "ZSTD",
+        "conversations": "ZSTD",
+        "images.list.element": "NONE",
+        "image_sizes.list.element.list.element": "ZSTD",
+        "group_id": "ZSTD",
+        "true_false": "ZSTD",
+        "response": "ZSTD",
+    },
+    "use_dictionary": False,
+    "write_statistics": False,
+}
+_NUMBERED = ("sample_id", "group_id")  # known when all blocks are made
+
+
+class Block(NamedTuple):
+    """Lines of the source: bytes ``start`` to ``end``, of which ``line`` is the first."""
+
+    index: int
+    start: int
+    end: int
+    line: int
+    num_records: int
+
+
+class Shard(NamedTuple):
+    """A shard's rows by sample_id, in order, and their group_ids (None in a training shard)."""
+
+    index: int
+    sample_ids: Sequence[int]
+    group_ids: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all pieces of a job share; ``lines`` is its source as JSONL."""
+
+    lines: Path
+    kind: str
+    image_root: Path
+    work: Path
+
+    @property
+    def blocks(self) -> Path:
+        return self.work / "blocks"
+
+    @property
+    def shards(self) -> Path:
+        return self.work / "shards"
+
+    def block_file(self, index: int) -> Path:
+        return self.blocks / f"block-{index:06d}.arrow"
+
+    def block_schema(self) -> pa.Schema:
+        return pa.schema([field for field in SCHEMAS[self.kind] if field.name not in _NUMBERED])
+
+
+def find_blocks(lines: Path) -> Iterator[Block]:
+    """Cut a JSONL file into blocks; where it is cut depends on the file alone."""
+    index = start = count = 0
+    line = 1
+    with lines.open("rb") as file:
+        for number, _ in json_lines(file):
+            count += 1
+            if count == BLOCK_RECORDS or file.tell() - start >= BLOCK_BYTES:
+                yield Block(index, start, file.tell(), line, count)
+                index, start, line, count = index + 1, file.tell(), number + 1, 0
+        if count:
+            yield Block(index, start, file.tell(), line, count)
+
+
+def make_block(job: Job, block: Block) -> dict:
+    """Check a block's records and store the good ones.
+
+    Returns:
+        ``rows``, the number stored; ``rejected``, a dict of line, id and reason for each of the
+        others; for meta records ``group_keys``, one a row: equal for solutions of one question.
+    """
+    note = job.blocks / f"block-{block.index:06d}.json"
+    return make_once(job.block_file(block.index), note, partial(_write_block, job, block))
+
+
+def _write_block(job: Job, block: Block, path: Path) -> dict:
+    _shard_image.cache_clear()  # an earlier block's images may have changed since
+    schema = job.block_schema()
+    rejected, group_keys, buffer = [], [], []
+    num_rows = buffered_bytes = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+
+        def flush() -> None:
+            nonlocal buffered_bytes
+            writer.write_batch(pa.RecordBatch.from_pylist(buffer, schema=schema))
+            buffer.clear()
+            buffered_bytes = 0
+
+        for line, raw in _block_records(job.lines, block):
+            try:
+                if isinstance(raw, RecordError):
+                    raise raw
+                record = _PARSERS[job.kind](raw)
+                row = _row(record, job.image_root)
+            except RecordError as error:
+                source_id = raw.get("id") if isinstance(raw, dict) else None
+                source_id = source_id if isinstance(source_id, str | int) else None
+                rejected.append({"line": line, "id": source_id, "reason": str(error)})
+                continue
+            if job.kind == "meta":
+                group_keys.append(_group_key(record, row["images"]))
+            num_rows += 1
+            buffer.append(row)
+            buffered_bytes += sum(map(len, row["images"]))
+            if len(buffer) == ROW_GROUP_ROWS or buffered_bytes >= MAX_IMAGE_BYTES:
+                flush()
+        if buffer:
+            flush()
+    return {"rows": num_rows, "rejected": rejected, "group_keys": group_keys}
+
+
+def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | RecordError]]:
+    with lines.open("rb") as file:
+        file.seek(block.start)
+        for number, line in json_lines(file, block.line):
+            yield number, parse_line(line)
+            if file.tell() >= block.end:
+                return
+
+
+def _row(record: TrainingRecord, image_root: Path) -> dict:
+    images = [_shard_image(str(image_root / image), image) for image in record.images]
+    # 16 rows of a row group must stay below Arrow's 2 GiB a column.
+    if sum(len(data) for data, _ in images) > MAX_IMAGE_BYTES:
+        raise RecordError(
+            f"its {len(images)} images have more than {MAX_IMAGE_BYTES >> 20} MiB together; "
+            "use fewer or smaller ones."
+        )
+    row = {
+        "source_id": record.source_id,
+        "dataset": record.dataset,
+        "conversations": json.dumps(record.conversations, ensure_ascii=False),
+        "images": [data for data, _ in images],
+        "image_sizes": [size for _, size in images],
+    }
+    if isinstance(record, MetaRecord):
+        row |= {"true_false": record.true_false, "response": record.response}
+    return row
+
+
+# Solutions of one question follow each other and share its images, and decoding is the cost.
+_shard_image = lru_cache(maxsize=16)(shard_image)
+
+
+def _group_key(record: TrainingRecord, images: list[bytes]) -> str:
+    """What the solutions of one question share: the id, else image bytes and question text."""
+    if record.source_id not in ("", "-1"):
+        return f"id {record.source_id}"
+    human = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
+    digest = hashlib.sha256(human.partition(SOLUTION_MARK)[0].strip().encode("utf-8"))
+    for data in images:
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def make_shard(job: Job, block_starts: Sequence[int], shard: Shard) -> dict:
+    """Write a shard from its blocks; ``block_starts`` holds the first sample_id of each block.
+
+    Returns:
+        The shard's entry in the manifest: ``file``, ``rows`` and ``sha256``.
+    """
+    name = f"shard-{shard.index:05d}"
+    path = job.shards / f"{name}.parquet"
+    make = partial(_write_shard, job, block_starts, shard)
+    return make_once(path, job.work / f"{name}.json", make)
+
+
+def _write_shard(job: Job, block_starts: Sequence[int], shard: Shard, path: Path) -> dict:
+    _open_block.cache_clear()
+    schema = SCHEMAS[job.kind]
+    with pq.ParquetWriter(path, schema, **_WRITER_OPTIONS) as writer:
+        for first in range(0, len(shard.sample_ids), ROW_GROUP_ROWS):
+            some = slice(first, first + ROW_GROUP_ROWS)
+            rows = [_stored_row(job, block_starts, i) for i in shard.sample_ids[some]]
+            stored = pa.concat_tables(rows).combine_chunks()
+            columns = {name: stored[name] for name in stored.column_names}
+            columns["sample_id"] = list(shard.sample_ids[some])
+            if shard.group_ids is not None:
+                columns["group_id"] = list(shard.group_ids[some])
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP_ROWS)
+    return {"file": f"shard-{shard.index:05d}.parquet", "rows": len(shard.sample_ids)}
+
+
+def _stored_row(job: Job, block_starts: Sequence[int], sample_id: int) -> pa.Table:
+    index = bisect_right(block_starts, sample_id) - 1
+    return _open_block(job.block_file(index)).slice(sample_id - block_starts[index], 1)
+
+
+@lru_cache(maxsize=4)
+def _open_block(path: Path) -> pa.Table:
+    """A block's rows, of which memory holds only those that are looked at."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -1,0 +1,144 @@
+"""Images in shards: kept as they are, or made smaller without a change for the tiling."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data_tools.reencode as reencode
+import data_tools.shard_pieces as pieces
+from data_tools.reencode import KEPT_BYTES, shard_image
+from data_tools.shard import shard_file
+from dreamprm_dist.data.images import read_image
+from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.data.shards import REJECTED, ShardFolder
+from dreamprm_dist.prm.tiling import image_tiles
+
+
+def drawing(width, height, mode="RGB"):
+    """Smooth shapes with a few sharp edges, as photographs and diagrams have them."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = [np.sin(9 * x + 5 * y), np.cos(7 * x * y), np.where((3 * x + y) % 1 > 0.5, 1, -1)]
+    pixels = np.stack([(wave + 1) * 127 for wave in waves], axis=-1).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def save(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("size", [(10, 8), (640, 480), (1600, 1200), (60_000, 20)])
+def test_small_files_are_kept(tmp_path, name, size):
+    path = save(tmp_path / name, drawing(*size))
+    assert shard_image(path, name) == (path.read_bytes(), size)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize(
+    ("size", "most", "kept"),
+    [((2800, 2100), 12, (1792, 1344)), ((1001, 1000), 1, (449, 448)), ((1800, 900), 2, (896, 448))],
+)
+def test_large_images_are_shrunk_to_what_tiling_can_use(
+    tmp_path, monkeypatch, name, size, most, kept
+):
+    monkeypatch.setattr(reencode, "MAX_TILES", most)
+    path = save(tmp_path / name, drawing(*size))
+    data, found = shard_image(path, name)
+    image = Image.open(io.BytesIO(data))
+    assert found == image.size == kept
+    assert image.format == ("JPEG" if name == "a.jpg" else "PNG")
+    before, after = (image_tiles(x, most) for x in (path.read_bytes(), data))
+    assert before.shape == after.shape
+    # Of tiles whose values have a spread of about 1; a wrong grid is off by about 1.
+    assert (before - after).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.bmp", "a.gif"])
+def test_other_formats_are_written_anew(tmp_path, name):
+    path = save(tmp_path / name, drawing(300, 200))
+    data, size = shard_image(path, name)
+    image = Image.open(io.BytesIO(data))
+    assert size == image.size == (300, 200)
+    assert image.format == ("JPEG" if name == "a.webp" else "PNG")
+    before, after = (image_tiles(x, 6) for x in (path.read_bytes(), data))
+    assert (before - after).abs().mean() < (0.02 if name == "a.webp" else 1e-9)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1", "LA"])
+def test_tiling_sees_the_same_colours(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(reencode, "MAX_TILES", 1)
+    picture = drawing(1000, 1000, "I" if mode == "I;16" else mode)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(100)
+    path = save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), picture.convert(mode))
+    data, size = shard_image(path, "a")
+    assert size == (448, 448)
+    before, after = (image_tiles(x, 1) for x in (path.read_bytes(), data))
+    assert (before - after).abs().mean() < 0.02 + 0.05 * (mode in ("P", "1"))  # dithered
+
+
+def test_what_encoding_again_would_not_make_smaller_is_kept(tmp_path):
+    noise = Image.effect_noise((1300, 1300), 90)
+    path = save(tmp_path / "a.png", noise)
+    assert path.stat().st_size > KEPT_BYTES
+    assert shard_image(path, "a.png")[0] == path.read_bytes()
+
+
+def test_ballast_is_left_out(tmp_path):
+    path = save(tmp_path / "a.png", drawing(64, 64))
+    path.write_bytes(path.read_bytes() + bytes(KEPT_BYTES))
+    data, size = shard_image(path, "a.png")
+    assert size == (64, 64) and len(data) < 10_000
+
+
+def test_a_broken_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"<svg/>")
+    with pytest.raises(RecordError, match=r"image 'shown\.png': not an image"):
+        shard_image(tmp_path / "a.png", "shown.png")
+
+
+def record(images):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "+"}]
+    return json.dumps({"image": images, "conversations": turns}) + "\n"
+
+
+def test_shards_hold_the_size_that_their_image_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(reencode, "MAX_TILES", 1)
+    save(tmp_path / "a.png", drawing(1000, 1000))
+    source = tmp_path / "a.jsonl"
+    source.write_text(record("a.png"))
+    shard_file(source, tmp_path / "out", "training", 1)
+    row = ShardFolder(tmp_path / "out").read(0, 0)
+    assert row["image_sizes"] == [[448, 448]]
+    assert Image.open(io.BytesIO(row["images"][0])).size == (448, 448)
+
+
+def test_an_image_is_decoded_once_for_solutions_that_follow_each_other(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name, drawing(20, 20))
+    decoded = []
+
+    def noted(path, shown):
+        decoded.append(shown)
+        return read_image(path, shown)
+
+    monkeypatch.setattr(reencode, "read_image", noted)
+    source = tmp_path / "a.jsonl"
+    source.write_text(record("a.png") * 8 + record(["a.png", "b.png"]) * 8)
+    shard_file(source, tmp_path / "out", "training", 2)
+    assert decoded == ["a.png", "b.png"]
+
+
+def test_a_record_with_too_many_bytes_of_images_is_rejected(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", drawing(20, 20))
+    size = (tmp_path / "a.png").stat().st_size
+    monkeypatch.setattr(pieces, "MAX_IMAGE_BYTES", 3 * size)
+    source = tmp_path / "a.jsonl"
+    source.write_text(record(["a.png"] * 3) + record(["a.png"] * 4))
+    shard_file(source, tmp_path / "out", "training", 1)
+    assert "its 4 images have more than" in (tmp_path / "out" / REJECTED).read_text()
+    assert ShardFolder(tmp_path / "out").num_rows == 1
