@@ -9,6 +9,7 @@ TRAIN ?= data/train.json
 META ?= data/meta.json
 OUT ?= data/shards
 NUM_SHARDS ?= 8
+WORKERS ?= 4
 NUM_GPUS ?= 8
 CONFIG ?= launch/recipes/instance_table.yaml
 MODEL ?= runs/instance_table/export
@@ -16,6 +17,7 @@ TEST ?= data/test.json
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds test test-gpu test-web lint format shard-data train evaluate bench
+.PHONY: bench-data
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -52,9 +54,9 @@ format: $(STAMP) ## put format and style right
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=… shards
+shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=… shards with WORKERS=…
 	$(PYTHON) -m data_tools.shard --train "$(TRAIN)" --meta "$(META)" --out "$(OUT)" \
-		--num_shards $(NUM_SHARDS)
+		--num_shards $(NUM_SHARDS) --workers $(WORKERS)
 
 train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=…
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_gpus $(NUM_GPUS) launch/train.py \
@@ -67,3 +69,6 @@ BENCHMARKS = estimators iteration collectives table best_of_n full_size
 bench: $(STAMP) ## cost, exactness, traffic and memory of training and scoring, in bench.json
 	rm -f bench.json
 	for name in $(BENCHMARKS); do $(PYTHON) tests/benchmarks/bench_$$name.py || exit 1; done
+
+bench-data: $(STAMP) ## sharding and loading against bare Pillow, in bench_data.json (some minutes)
+	$(PYTHON) tests/benchmarks/bench_data.py

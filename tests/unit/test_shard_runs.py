@@ -303,7 +303,9 @@ print((peak() - before) // 1024)
 """
     command = [sys.executable, "-c", program, "--train", str(train), "--out", str(tmp_path / "o")]
     done = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True)
-    assert int(done.stdout.split()[-1]) < 60  # MiB
+    assert (
+        int(done.stdout.split()[-1]) < 130
+    )  # MiB: two lines of the longest that is taken and the codecs
     assert ShardFolder(tmp_path / "o" / "train").num_rows == 101
     (entry,) = (tmp_path / "o" / "train" / REJECTED).read_text().splitlines()
     assert json.loads(entry)["line"] == 101 and "longer than 16 MiB" in entry
