@@ -206,13 +206,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
     args = _parser().parse_args(argv)
+    num_unparsed = 0
     try:
         if args.command == "mmmu":
             writer = write_questions(
                 args.source, args.out, args.split, args.image_dir, args.overwrite
             )
         elif args.command == "candidates":
-            writer = join_candidates(
+            writer, num_unparsed = join_candidates(
                 args.questions, args.candidates, args.out, args.kind, args.overwrite
             )
         else:
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{args.out}: {writer.num_written} records, {writer.num_rejected} rejected"
         + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
+        + (f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else "")
     )
 
 

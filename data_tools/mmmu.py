@@ -27,7 +27,8 @@ from dreamprm_dist.data.schema import (
     parse_test_record,
     read_json_records,
 )
-from dreamprm_dist.solutions import extract_answer, split_steps, steps_conversation
+from dreamprm_dist.grading import grade
+from dreamprm_dist.solutions import split_steps, steps_conversation
 
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
 _BATCH_ROWS = 8  # a row may hold seven images of megabytes
@@ -186,13 +187,15 @@ def _numbered(file: Path, batches: Iterator) -> Iterator[tuple[str, int, dict]]:
 
 def join_candidates(
     questions: Path, candidates: Path, out: Path, kind: str, overwrite: bool = False
-) -> RecordWriter:
+) -> tuple[RecordWriter, int]:
     """Join question records with their candidates into meta or test records.
 
     A candidate is ``{"id": of its question, "response": text, "true_false"?: bool}``. Without
-    ``true_false`` a multiple-choice candidate is right when its extracted answer is the question's
-    letter; one without an answer is not right; for an open question it must be given. The steps of
-    meta records are unlabelled. Candidates are held in memory.
+    ``true_false`` it is graded by `grade`; one whose answer cannot be read is not right. The steps
+    of meta records are unlabelled. Candidates are held in memory.
+
+    Returns:
+        The writer, and how many candidates have no answer that can be read.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -201,6 +204,7 @@ def join_candidates(
     if out.resolve() in (questions.resolve(), candidates.resolve()):
         raise ValueError(f"{out}: this would overwrite an input; choose another name.")
     prefix = image_prefix(questions.parent, out)
+    num_unparsed = 0
     with RecordWriter(out, overwrite) as writer:
         by_question: dict[str, list[tuple[int, dict]]] = {}
         for line, candidate in read_json_records(candidates):
@@ -218,9 +222,12 @@ def join_candidates(
                 judged = []
                 for candidate_line, candidate in found:
                     try:
-                        judged.append((candidate["response"], _is_right(candidate, question)))
+                        right = _is_right(candidate, question)
                     except RecordError as error:
                         writer.reject(candidates, candidate_line, candidate, str(error))
+                    else:
+                        judged.append((candidate["response"], bool(right)))
+                        num_unparsed += right is None
                 if not judged:
                     raise RecordError("no candidate was given for this question.")
                 for record in _joined(question, judged, kind):
@@ -230,10 +237,10 @@ def join_candidates(
         for left in by_question.values():
             for line, candidate in left:
                 writer.reject(candidates, line, candidate, "no question has this id.")
-    return writer
+    return writer, num_unparsed
 
 
-def _is_right(candidate: dict, question: dict) -> bool:
+def _is_right(candidate: dict, question: dict) -> bool | None:
     response = candidate.get("response")
     if not isinstance(response, str) or not response.strip():
         raise RecordError("'response' must be a text.")
@@ -242,9 +249,11 @@ def _is_right(candidate: dict, question: dict) -> bool:
         return given
     if given is not None:
         raise RecordError("'true_false' must be true or false.")
-    if not question.get("options"):
-        raise RecordError("an open question's candidate needs 'true_false'.")
-    return extract_answer(response) == question.get("answer")
+    answer, options = question.get("answer"), parse_options(question.get("options"))
+    # The test split of MMMU is published with "?" for every answer.
+    if not isinstance(answer, str) or answer == "?":
+        raise RecordError("the question has no 'answer'; the candidate needs 'true_false'.")
+    return grade(response, answer, options)
 
 
 def _joined(question: dict, judged: list[tuple[str, bool]], kind: str) -> list[dict]:

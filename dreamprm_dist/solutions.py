@@ -61,12 +61,19 @@ def extract_answer(solution: str) -> str | None:
     Returns:
         The answer, or None when there is none: such a solution is "unparsed".
     """
-    markers = list(_ANSWER_MARKER.finditer(solution))
-    if not markers:
+    line = answer_line(solution)
+    if line is None:
         answer = _normalise(_REASONING_MARKER.sub("", solution))
         return answer if len(answer) == 1 and answer.isalpha() else None
-    first_line = solution[markers[-1].end() :].strip().partition("\n")[0]
-    return _normalise(first_line) or None
+    return _normalise(line) or None
+
+
+def answer_line(solution: str) -> str | None:
+    """The first line of what follows the last `Answer:` (it may be empty), None without one."""
+    markers = list(_ANSWER_MARKER.finditer(solution))
+    if not markers:
+        return None
+    return solution[markers[-1].end() :].strip().partition("\n")[0]
 
 
 def _normalise(answer: str) -> str:

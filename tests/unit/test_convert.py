@@ -323,13 +323,15 @@ def test_bad_options(value):
         parse_options(value)
 
 
-def test_candidates_become_test_and_meta_records(questions, tmp_path):
+def test_candidates_become_test_and_meta_records(questions, tmp_path, capsys):
     candidates = [
         {"id": "q1", "response": "[Reasoning]\nOne.\n\nTwo.\n\nAnswer: B"},
         {"id": "q2", "response": "Answer: 0.5", "true_false": True},
         {"id": "q1", "response": "No idea", "true_false": None},
+        {"id": "q2", "response": "Answer: 1/2"},
         {"id": "q2", "response": "Answer: 7"},
         {"id": "q9", "response": "Answer: A"},
+        {"id": "q1", "response": " "},
     ]
     source = write(tmp_path / "candidates.jsonl", candidates)
     for kind in ("test", "meta"):
@@ -337,19 +339,33 @@ def test_candidates_become_test_and_meta_records(questions, tmp_path):
         arguments = ["--candidates", str(source), "--kind", kind, "--out", out]
         main(["candidates", str(questions), *arguments])
     test = [parse_test_record(record) for record in lines(tmp_path / "out" / "test.jsonl")]
-    assert [record.true_false for record in test] == [[True, False], [True]]
+    assert [record.true_false for record in test] == [[True, False], [True, True, False]]
+    assert "1 candidates unparsed" in capsys.readouterr().out
     assert test[0].candidates == [candidates[0]["response"], "No idea"]
     meta = lines(tmp_path / "out" / "meta.jsonl")
     assert [(record["id"], record["true_false"]) for record in meta] == [
         ("q1", True),
         ("q1", False),
         ("q2", True),
+        ("q2", True),
+        ("q2", False),
     ]
     assert labels(meta[0]) == [None] * 3
     assert parse_meta_record(meta[0]).dataset == "Art"
     rejected = lines(tmp_path / "out" / "meta.rejected.jsonl")
-    assert [entry["line"] for entry in rejected] == [4, 5]
+    assert [entry["line"] for entry in rejected] == [7, 6]
     shard_file(tmp_path / "out" / "meta.jsonl", tmp_path / "shards", "meta", 2)
+
+
+@pytest.mark.parametrize("fields", [{"answer": "?"}, {"answer": None}, {"options": "[1]"}])
+def test_a_question_that_cannot_be_graded_needs_the_verdict(questions, tmp_path, fields):
+    changed = write(questions, [record | fields for record in lines(questions)])
+    response = {"id": "q1", "response": "Answer: B"}
+    source = write(tmp_path / "c.jsonl", [response, response | {"true_false": True}])
+    out = tmp_path / "out" / "meta.jsonl"
+    arguments = ["--candidates", str(source), "--kind", "meta", "--out", str(out)]
+    main(["candidates", str(changed), *arguments])
+    assert [record["true_false"] for record in lines(out)] == [True]
 
 
 # Memory

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "dreamprm_dist"
 # A module may import from its own level and below. Levels are those of the design.
 LEVELS = [
     {"config", "distributed", "trackers", "bad_steps"},
-    {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "model_card"},
+    {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "grading", "model_card"},
     {"losses", "metrics", "export", "hypergradient", "reweighters"},
     {"checkpoint", "checkpoint_files", "engine", "engine_files"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
