@@ -64,7 +64,9 @@ def worker(folder: Path) -> None:
         with CollectiveBytes() as counted:
             trainer.iteration(lower, meta)
         parameters = sum(p.nbytes for p in trainer.engine.parameters.values())
-        net = 0 if name == "instance_table" else _bytes(list(trainer.reweighter.module.parameters()))
+        net = 0
+        if name == "instance_net":
+            net = _bytes(list(trainer.reweighter.module.parameters()))
         results[name] = {
             "measured": counted.large,
             "formula": 3 * parameters + net,
