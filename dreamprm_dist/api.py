@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.best_of_n import aggregate_candidates, select
 from dreamprm_dist.data.images import decode_image, read_image
+from dreamprm_dist.losses import ScoreOver
 from dreamprm_dist.prm import model as network
 from dreamprm_dist.scoring import score_solutions
 from dreamprm_dist.solutions import split_steps
@@ -49,14 +50,20 @@ class PRM:
         module: the network, as `prm.model.load_prm` loads it.
         tokenizer: its tokenizer.
         max_patch_num: most tiles of an image, thumbnail not counted.
+        score_over: what a step's probability is taken over, see `losses.step_scores`.
     """
 
     def __init__(
-        self, module: network.PRM, tokenizer: PreTrainedTokenizerBase, max_patch_num: int = 12
+        self,
+        module: network.PRM,
+        tokenizer: PreTrainedTokenizerBase,
+        max_patch_num: int = 12,
+        score_over: ScoreOver = "vocabulary",
     ):
         if max_patch_num < 1:
             raise ValueError(f"max_patch_num is {max_patch_num}; it must be at least 1")
         self.module, self.tokenizer, self.max_patch_num = module.eval(), tokenizer, max_patch_num
+        self.score_over = score_over
 
     @classmethod
     def from_pretrained(
@@ -66,6 +73,7 @@ class PRM:
         precision: Literal["bf16", "fp32"] = "bf16",
         device: str | torch.device | None = None,
         max_patch_num: int = 12,
+        score_over: ScoreOver = "vocabulary",
     ) -> PRM:
         """Load a PRM from a local folder or the hub, in either InternVL3 layout, no remote code.
 
@@ -77,7 +85,7 @@ class PRM:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         module = network.load_prm(str(name_or_path), precision, device)
-        return cls(module, network.load_tokenizer(str(name_or_path)), max_patch_num)
+        return cls(module, network.load_tokenizer(str(name_or_path)), max_patch_num, score_over)
 
     def score(
         self, images: ImageLike | Sequence[ImageLike] | None, question: str, steps: Sequence[str]
@@ -139,6 +147,7 @@ class PRM:
             solutions,
             [_encoded(image) for image in images],
             max_tiles=self.max_patch_num,
+            score_over=self.score_over,
         )
 
 

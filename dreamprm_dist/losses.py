@@ -1,6 +1,6 @@
 """The two losses of the bi-level problem, from logits at the step positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dreamprm_dist.aggregation import aggregate, pad_steps
 from dreamprm_dist.prm.chat import IGNORE_INDEX
+
+ScoreOver = Literal["vocabulary", "pair"]
 
 
 class Observation(NamedTuple):
@@ -45,17 +47,25 @@ def instance_losses(logits: Tensor, targets: Tensor, step_rows: Tensor, num_rows
     return totals / counts.clamp(min=1)
 
 
-def step_scores(logits: Tensor, label_token_id: int, among: Sequence[int] | None = None) -> Tensor:
+def step_scores(
+    logits: Tensor,
+    label_ids: Mapping[str, int],
+    label: Literal["+", "-"] = "+",
+    score_over: ScoreOver = "vocabulary",
+) -> Tensor:
     """Probability of a label at each step: logits (n, vocabulary) -> (n,).
 
     Args:
-        among: token ids that the softmax runs over; the whole vocabulary by default, as the
-            reference implementation. VisualPRM takes `+` and `-` alone.
+        label_ids: token ids of `+` and `-`.
+        score_over: what the softmax runs over, the whole vocabulary, as in the reference
+            implementation, or `+` and `-` alone, as in VisualPRM.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if among is not None:
-        return logits[:, list(among)].log_softmax(-1)[:, list(among).index(label_token_id)].exp()
-    return logits.log_softmax(-1)[:, label_token_id].exp()
+    if score_over == "pair":
+        labels = ["+", "-"]
+        pair = logits[:, [label_ids[name] for name in labels]]
+        return pair.log_softmax(-1)[:, labels.index(label)].exp()
+    return logits.log_softmax(-1)[:, label_ids[label]].exp()
 
 
 def meta_losses(
@@ -65,7 +75,7 @@ def meta_losses(
     label_ids: Mapping[str, int],
     aggregation: str,
     loss_target: Literal["+", "both"],
-    score_over: Literal["vocabulary", "pair"] = "vocabulary",
+    score_over: ScoreOver = "vocabulary",
 ) -> Tensor:
     """Upper-level loss of each solution: how wrong its aggregated score is about its answer.
 
@@ -81,12 +91,11 @@ def meta_losses(
     Returns:
         (B,).
     """
-    among = (label_ids["+"], label_ids["-"]) if score_over == "pair" else None
-    plus = step_scores(logits, label_ids["+"], among)
+    plus = step_scores(logits, label_ids, "+", score_over)
     if loss_target == "+":
         scores, goal = plus, true_false
     else:
-        minus = step_scores(logits, label_ids["-"], among)
+        minus = step_scores(logits, label_ids, "-", score_over)
         scores = torch.where(true_false[step_rows] > 0.5, plus, minus)
         goal = torch.ones_like(true_false)
     padded, mask = pad_steps(scores, step_rows, len(true_false))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.schema import RecordError
-from dreamprm_dist.losses import step_scores
+from dreamprm_dist.losses import ScoreOver, step_scores
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation, label_token_ids
 from dreamprm_dist.prm.model import PRM
 from dreamprm_dist.prm.shared_prefix import step_logits
@@ -25,6 +25,7 @@ def score_solutions(
     images: Sequence[bytes],
     *,
     max_tiles: int,
+    score_over: ScoreOver = "vocabulary",
     system_prompt: str = SYSTEM_PROMPT,
 ) -> list[list[float]]:
     """P(+) after each step of each solution of a question; see `score_conversations`.
@@ -38,7 +39,9 @@ def score_solutions(
             conversations.append(steps_conversation(question, steps, system_prompt))
         except ValueError as error:
             raise RecordError(f"candidate {index}: {error}") from error
-    return score_conversations(prm, tokenizer, conversations, images, max_tiles=max_tiles)
+    return score_conversations(
+        prm, tokenizer, conversations, images, max_tiles=max_tiles, score_over=score_over
+    )
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def score_conversations(
     images: Sequence[bytes],
     *,
     max_tiles: int,
+    score_over: ScoreOver = "vocabulary",
 ) -> list[list[float]]:
     """P(+) after each step of conversations about the same images; the PRM is left evaluating.
 
@@ -60,6 +64,7 @@ def score_conversations(
         conversations: turns as in `prm.chat.encode_conversation`; labels are not looked at.
         images: encoded images, checked by `data.images.decode_image`.
         max_tiles: most tiles of an image, thumbnail not counted.
+        score_over: what P is taken over, see `losses.step_scores`.
 
     Returns:
         For each conversation the score of each of its steps, in [0, 1].
@@ -90,9 +95,10 @@ def score_conversations(
     pixel_values = torch.cat(tiles) if tiles else torch.empty(0, 3, *[prm.tile_size] * 2)
     prm.eval()
     logits = step_logits(prm, [distinct[ids] for ids in order], pixel_values.to(prm.model.device))
-    plus = label_token_ids(tokenizer)["+"]
+    label_ids = label_token_ids(tokenizer)
     scores = {
-        ids: step_scores(part, plus).tolist() for ids, part in zip(order, logits, strict=True)
+        ids: step_scores(part, label_ids, "+", score_over).tolist()
+        for ids, part in zip(order, logits, strict=True)
     }
     result = [scores[tuple(conversation.input_ids)] for conversation in encoded]
     for index, values in enumerate(result):

@@ -59,6 +59,9 @@ class EvaluateConfig:
     )
     meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
     max_patch_num: int = flag(12, "Most tiles of an image, thumbnail not counted.")
+    score_over: Literal["vocabulary", "pair"] = flag(
+        "vocabulary", "Softmax over all words, or over + and - alone as VisualPRM does."
+    )
     precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
     seed: int = flag(0, "Seed of the bootstrap.")
@@ -146,6 +149,7 @@ def _settings(config: EvaluateConfig, models: dict[str, str], device: str) -> di
         "meta_json_file": digest(config.meta_json_file),
         "image_root": config.image_root,
         "max_patch_num": config.max_patch_num,
+        "score_over": config.score_over,
         "precision": config.precision,
         "device": device,
     }
@@ -168,7 +172,12 @@ def _score_all(
         try:
             images = [read_image(root / path, path)[0] for path in question.images]
             scores = score_conversations(
-                prm, tokenizer, question.conversations, images, max_tiles=config.max_patch_num
+                prm,
+                tokenizer,
+                question.conversations,
+                images,
+                max_tiles=config.max_patch_num,
+                score_over=config.score_over,
             )
             parts.write(key, {"scores": scores})
         except RecordError as error:

@@ -35,6 +35,9 @@ class ScoreConfig:
     )
     aggregation_function: str = flag("mean", "How step scores become a candidate's score.")
     max_patch_num: int = flag(12, "Most tiles of an image, thumbnail not counted.")
+    score_over: Literal["vocabulary", "pair"] = flag(
+        "vocabulary", "Softmax over all words, or over + and - alone as VisualPRM does."
+    )
     precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
 
@@ -56,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         precision=config.precision,
         device=None if config.device == "auto" else config.device,
         max_patch_num=config.max_patch_num,
+        score_over=config.score_over,
     )
     count = failed = 0
     with Path(config.output).open("w", encoding="utf-8") as output:

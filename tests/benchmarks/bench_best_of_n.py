@@ -32,13 +32,13 @@ MAX_TILES = 6  # and the thumbnail
 @torch.no_grad()
 def plain(prm: PRM, tokenizer, solutions: list[list[str]], image: bytes) -> list[float]:
     format = InputFormat(MAX_TILES, prm.tile_size, prm.tokens_per_tile)
-    plus = label_token_ids(tokenizer)["+"]
+    label_ids = label_token_ids(tokenizer)
     scores = []
     for steps in solutions:
         conversation = steps_conversation(QUESTION, steps)
         instance = encode_instance(conversation, [image], tokenizer, format)
         logits = prm(collate([instance], tokenizer.pad_token_id)).logits
-        scores += step_scores(logits, plus).tolist()
+        scores += step_scores(logits, label_ids).tolist()
     return scores
 
 

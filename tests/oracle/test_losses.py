@@ -36,9 +36,13 @@ def test_instance_loss_is_the_mean_over_labelled_steps():
     assert both[0].item() == pytest.approx(mean, rel=1e-12)
 
 
-def test_step_scores_are_over_the_whole_vocabulary():
-    expected = [probability(step, 1) for step in range(3)]
-    torch.testing.assert_close(step_scores(LOGITS, 1), torch.tensor(expected, dtype=torch.float64))
+def test_step_scores_are_over_the_whole_vocabulary_or_the_pair():
+    expected = torch.tensor([probability(step, 1) for step in range(3)], dtype=torch.float64)
+    torch.testing.assert_close(step_scores(LOGITS, LABELS), expected)
+    minus = torch.tensor([probability(step, 3) for step in range(3)], dtype=torch.float64)
+    for label, of_label in (("+", expected), ("-", minus)):
+        pair = step_scores(LOGITS, LABELS, label, "pair")
+        torch.testing.assert_close(pair, of_label / (expected + minus))
 
 
 @pytest.mark.parametrize("right", [(1.0, 0.0), (0.0, 1.0)])

@@ -56,12 +56,19 @@ def picture(seed: int, width: int, height: int) -> bytes:
 WIDE, SMALL = picture(0, 96, 32), picture(1, 32, 32)
 
 
-def score(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUESTION):
-    return score_solutions(prm, tokenizer, question, solutions, images, max_tiles=4)
+def score(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUESTION, **options):
+    return score_solutions(prm, tokenizer, question, solutions, images, max_tiles=4, **options)
 
 
 @torch.no_grad()
-def plain(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUESTION):
+def plain(
+    prm: PRM,
+    tokenizer,
+    images=(WIDE,),
+    solutions=SOLUTIONS,
+    question=QUESTION,
+    score_over="vocabulary",
+):
     """Every solution alone, through the forward pass that training takes."""
     format = InputFormat(4, prm.tile_size, prm.tokens_per_tile, prm.max_length, "plus")
     result = []
@@ -69,7 +76,8 @@ def plain(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUE
         conversation = steps_conversation(question, steps)
         instance = encode_instance(conversation, images, tokenizer, format)
         logits = prm.eval()(collate([instance], tokenizer.pad_token_id)).logits
-        result.append(step_scores(logits, label_token_ids(tokenizer)["+"]).tolist())
+        scores = step_scores(logits, label_token_ids(tokenizer), "+", score_over)
+        result.append(scores.tolist())
     return result
 
 
@@ -84,6 +92,7 @@ CASES = {
         "solutions": [["See <image>.", "Answer: 3"], ["In <image> is", "an 8", "Answer: 8"]],
     },
     "nothing in common after the question": {"solutions": [["x"], ["7, 8", "+"]]},
+    "over the pair": {"score_over": "pair"},
 }
 
 
@@ -101,6 +110,7 @@ def test_every_part_of_the_input_counts(prm, tokenizer) -> None:
     assert base[0][0] == base[3][0] and base[0][1] != base[3][1]
     others = [
         score(prm, tokenizer, images=(SMALL, WIDE))[0],
+        score(prm, tokenizer, score_over="pair")[0],
         score(prm, tokenizer, images=(picture(2, 96, 32),))[0],
         score(prm, tokenizer, question="What was it?")[0],
         base[2],
