@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+
 setup(
     name="dreamprm_dist",
     version="0.1.0",
@@ -10,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dreamprm_dist*", "data_tools*"]),
-    package_data={"dreamprm_dist.report": ["page.html"]},
+    package_data={
+        "dreamprm_dist.report": ["page.html"],
+        "dreamprm_dist.serving": ["page.html"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -31,7 +36,15 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.6"],
+        "serve": SERVE,
         "track": ["tensorboard", "wandb"],
-        "dev": ["hypothesis", "pytest>=8", "pytest-timeout", "ruff==0.17.*", "scikit-learn>=1.4"],
+        "dev": [
+            *SERVE,
+            "hypothesis",
+            "pytest>=8",
+            "pytest-timeout",
+            "ruff==0.17.*",
+            "scikit-learn>=1.4",
+        ],
     },
 )

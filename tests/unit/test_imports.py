@@ -15,6 +15,7 @@ LEVELS = [
     {"checkpoint", "checkpoint_files", "engine", "engine_files"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
     {"api", "evaluation", "report"},
+    {"serving"},
 ]
 OWNERS = {
     "deepspeed": {"dreamprm_dist/engine.py", "dreamprm_dist/engine_files.py"},

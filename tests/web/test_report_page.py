@@ -1,49 +1,19 @@
-"""The report in headless Chromium: no console errors, no axe-core violations, no sideways scroll.
+"""The report in headless Chromium: no console errors, no violations, no sideways scroll."""
 
-`make test-web` installs axe-core from npm beside this file.
-"""
-
-import html
 import json
-import os
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from browser import NEEDS_BROWSER, framed, probed, visit
 
 from dreamprm_dist.best_of_n import CandidateScores
 from dreamprm_dist.evaluation import compare
 from dreamprm_dist.report.overview import write_run_report
 
-AXE = Path(__file__).parent / "node_modules" / "axe-core" / "axe.min.js"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PROBE = """
-<script>{axe}</script>
-<script>
-axe.run().then(found => {{
-  const probe = document.createElement("pre");
-  probe.id = "probe";
-  probe.textContent = JSON.stringify({{
-    violations: found.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 200))]),
-    checks: found.passes.length,
-    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    dark: matchMedia("(prefers-color-scheme: dark)").matches,
-  }});
-  document.body.append(probe);
-}});
-</script>
-"""
-
-pytestmark = [
-    pytest.mark.web,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed (make test-web)"),
-]
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
@@ -84,36 +54,18 @@ def page(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run_report(folders, root / "report.html", root / "results.json")
 
 
-def visit(page: Path, width: int, *flags: str) -> dict:
-    """What axe-core and the browser say of the page, in a window of this width in pixels."""
-    probed = page.with_name(f"probed-{width}.html")
-    probe = PROBE.format(axe=AXE.read_text(encoding="utf-8"))
-    probed.write_text(page.read_text().replace("</body>", probe + "</body>"))
-    # A window cannot be narrower than 500 pixels, a frame can.
+def look(page: Path, width: int, *flags: str) -> dict:
+    """What axe-core and the browser say of the page at this width in pixels."""
+    (page.parent / f"probed-{width}.html").write_text(probed(page.read_text()))
     frame = page.with_name(f"frame-{width}.html")
-    frame.write_text(
-        f'<!doctype html><title>f</title><iframe src="{probed.name}" '
-        f'style="width:{width}px;height:2000px;border:0"></iframe><script>'
-        "const wait = setInterval(() => {"
-        'const p = document.querySelector("iframe").contentDocument.getElementById("probe");'
-        "if (p) { clearInterval(wait); document.title = p.textContent; }}, 50)</script>"
-    )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", "--allow-file-access-from-files"]
-    command += ["--virtual-time-budget=30000", "--window-size=1400,2000", "--dump-dom", *flags]
-    command += [frame.as_uri()]
-    env = os.environ | {"HOME": str(page.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    title = re.search(r"<title>(\{.*?)</title>", done.stdout, re.DOTALL)
-    assert title, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(html.unescape(title[1])) | {"console": console}
+    frame.write_text(framed(f"probed-{width}.html", width))
+    return visit(frame.as_uri(), page.parent, *flags)
 
 
 @pytest.mark.parametrize("flags", [(), ("--blink-settings=preferredColorScheme=0",)])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_is_accessible_and_fits(page: Path, width: int, flags: tuple[str, ...]) -> None:
-    found = visit(page, width, *flags)
+    found = look(page, width, *flags)
     assert found["violations"] == [] and found["checks"] > 15
     assert found["console"] == []
     assert found["overflow"] == 0
@@ -124,6 +76,6 @@ def test_the_probe_finds_what_is_wrong(page: Path) -> None:
     broken = page.with_name("broken.html")
     text = page.read_text().replace('alt="the instance\'s image"', "")
     broken.write_text(text.replace("<main", '<p style="width:3000px">wide</p><main'))
-    found = visit(broken, 390)
+    found = look(broken, 390)
     assert "image-alt" in [name for name, _ in found["violations"]]
     assert found["overflow"] > 0

@@ -1,0 +1,164 @@
+"""The web service: the API's numbers, hundreds of requests at once, bad and slow clients."""
+
+import base64
+import contextlib
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dreamprm_dist import PRM
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+from serving import served
+
+from dreamprm_dist.serving.app import Limits, create_app
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTION = "Is the digit even or odd?"
+CANDIDATES = ["The digit is 3.\n\nIt is odd.\n\nAnswer: odd", ["The digit is 4.", "Answer: even"]]
+
+
+@pytest.fixture(scope="module")
+def prm(tiny_prm_dir: Path) -> PRM:
+    return PRM.from_pretrained(tiny_prm_dir, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def port(prm: PRM) -> Iterator[int]:
+    limits = Limits(body_bytes=1 << 20, candidates=4, characters=1000)
+    with served(create_app(prm, "tiny <b>", limits)) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def image(tiny_data_dir: Path) -> bytes:
+    question = json.loads((tiny_data_dir / "test.json").read_text())[0]
+    return (tiny_data_dir / question["image_path"]).read_bytes()
+
+
+def send(port: int, body: bytes | dict) -> tuple[int, dict]:
+    """Status and JSON of the answer to a request to score."""
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/score", data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+def get(port: int, path: str) -> tuple[http.client.HTTPResponse, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer, answer.read()
+
+
+def test_a_request_gets_the_numbers_of_the_api(port: int, prm: PRM, image: bytes) -> None:
+    encoded = base64.b64encode(image).decode()
+    for sent in (encoded, f"data:image/png;base64,{encoded}"):
+        body = {"question": QUESTION, "candidates": CANDIDATES, "images": [sent]}
+        status, found = send(port, body | {"aggregation": "min"})
+        expected = prm.best_of_n(image, QUESTION, CANDIDATES, "min")
+        assert status == 200
+        assert found == {
+            "best": expected.index,
+            "scores": expected.scores,
+            "steps": expected.steps,
+            "step_scores": expected.step_scores,
+        }
+    assert prm.best_of_n(None, QUESTION, CANDIDATES, "min").scores != expected.scores
+
+
+def test_hundreds_of_requests_at_once_are_all_answered(port: int, prm: PRM) -> None:
+    """Each with the answer to its own question, while slow and silent clients hold connections."""
+    questions = [f"Is {i} even?" for i in range(300)]
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+    for client in silent:
+        client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    try:
+        with ThreadPoolExecutor(100) as pool:
+            bodies = ({"question": q, "candidates": ["Answer: yes"]} for q in questions)
+            answers = list(pool.map(lambda body: send(port, body), bodies))
+    finally:
+        for client in silent:
+            client.close()
+    assert {status for status, _ in answers} == {200}
+    for question, (_, found) in list(zip(questions, answers, strict=True))[::50]:
+        assert found["scores"] == prm.best_of_n(None, question, ["Answer: yes"]).scores
+    assert json.loads(get(port, "/health")[1])["waiting"] == 0
+
+
+GOOD = {"question": QUESTION, "candidates": ["Answer: odd"]}
+BAD = {
+    "no json": (b"{", "JSON"),
+    "no candidate": ({"question": QUESTION, "candidates": []}, "candidates"),
+    "no question": ({"candidates": ["x"]}, "question"),
+    "unknown key": (GOOD | {"image": "x"}, "image: Extra inputs"),
+    "empty candidate": (GOOD | {"candidates": ["Answer: odd", " "]}, "candidate 1: .* no step"),
+    "reserved token": (GOOD | {"question": "<|im_end|>"}, "reserved"),
+    "unknown aggregation": (GOOD | {"aggregation": "median"}, "choose from mean"),
+    "no base64": (GOOD | {"images": ["%%"]}, r"images\.0: not base64"),
+    "no image": (GOOD | {"images": [base64.b64encode(b"GIF89a").decode()]}, "image"),
+    "too many candidates": (GOOD | {"candidates": ["x"] * 5}, "at most 4"),
+    "too long": (GOOD | {"question": "x" * 2000}, "shorten"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_gets_one_clear_sentence(port: int, case: str) -> None:
+    body, message = BAD[case]
+    status, found = send(port, body)
+    assert status == 422
+    assert re.search(message, found["error"]), found
+    assert send(port, GOOD)[0] == 200
+
+
+def test_a_body_that_is_too_large_is_not_read(port: int) -> None:
+    status, found = send(port, GOOD | {"images": ["A" * (3 << 19)]})
+    assert (status, found["error"]) == (413, "the request is larger than 1 MiB; make it smaller")
+
+
+def test_a_full_queue_says_so(prm: PRM) -> None:
+    with served(create_app(prm, "tiny", Limits(waiting=0))) as port:
+        status, found = send(port, GOOD)
+    assert status == 503 and "try again" in found["error"]
+
+
+def test_unknown_addresses_and_methods(port: int) -> None:
+    assert get(port, "/v2")[0].status == 404
+    assert get(port, "/v1/score")[0].status == 405
+
+
+def test_the_page_runs_only_its_own_script_and_names_the_model(port: int) -> None:
+    answer, page = get(port, "/")
+    assert answer.status == 200 and b"tiny &lt;b&gt;" in page
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert b"http://" not in page and b"https://" not in page
+
+
+def test_the_service_as_a_user_starts_it(tiny_prm_dir: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "serve.py"), "--model", str(tiny_prm_dir)]
+    process = subprocess.Popen(
+        [*command, "--port", "0", "--precision", "fp32", "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        found = next(filter(None, (re.search(r":(\d+) \(", line) for line in process.stderr)))
+        status, answer = send(int(found[1]), GOOD)
+        assert status == 200 and answer["best"] == 0
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stderr.close()
