@@ -1,15 +1,17 @@
 """Start-up under every launcher, and the collectives by name: the only user of torch.distributed.
 
-Rank and world size come from the environment that the launcher left: deepspeed and torchrun set
-RANK, WORLD_SIZE and LOCAL_RANK; srun and mpirun set their own, which are translated. Without any,
-the run has one rank.
+Ranks and the first one's address come from the environment that the launcher left: deepspeed and
+torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; what srun and mpirun set is
+translated into these, where the last two may be given. Without any, the run has one rank.
 """
 
 import contextlib
 import os
+import re
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from torch import Tensor
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-_translated = False  # the variables are ours and not a launcher's
+_before: dict[str, str | None] = {}  # what the environment had where we have set a variable
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 
 
@@ -33,7 +35,8 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         timeout_minutes: how long a collective waits for a rank.
 
     Raises:
-        ValueError: cuda is asked for, or more ranks than GPUs are started, and it is not there.
+        ValueError: cuda is asked for, or more ranks than GPUs are started, and it is not there; or
+            the environment contradicts itself about the ranks.
     """
     global _roll_call
     _adopt_launcher_environment()
@@ -106,39 +109,74 @@ def _absent(timeout: timedelta) -> str:
 
 
 def _adopt_launcher_environment() -> None:
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
+    """Have the variables of `RANK_VARIABLES` in the environment, whatever started this process."""
+    env, started = os.environ, _started(os.environ)
+    if "RANK" in env or "WORLD_SIZE" in env:
+        _check_ranks(env, started)
         env.setdefault("LOCAL_RANK", env["RANK"])
-    elif "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env:
+    elif started is None or started.world_size == 1:
+        _set_ranks(0, 1, 0, "127.0.0.1", _free_port())
+    elif started.launcher == "mpirun":
         # mpi4py initialises MPI on import, which only a process that mpirun started should do.
         from mpi4py import MPI
 
         world = MPI.COMM_WORLD
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
-        address = world.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-        port = world.bcast(_free_port(), root=0)
+        address = env.get("MASTER_ADDR") or socket.gethostbyname(socket.gethostname())
+        address, port = world.bcast((address, env.get("MASTER_PORT", _free_port())), root=0)
         _set_ranks(world.rank, world.size, local.rank, address, port)
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        missing = {"MASTER_ADDR", "MASTER_PORT"} - env.keys()
-        if missing:
-            raise ValueError(
-                f"srun started {env['SLURM_NTASKS']} tasks without {' and '.join(sorted(missing))}"
-                "; export the first node's name and a free port under these names before srun"
-            )
-        _set_ranks(
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_NTASKS"]),
-            int(env["SLURM_LOCALID"]),
-            env["MASTER_ADDR"],
-            int(env["MASTER_PORT"]),
-        )
     else:
-        _set_ranks(0, 1, 0, "127.0.0.1", _free_port())
+        # A port that all tasks name without asking each other, apart from other jobs' ports.
+        port = env.get("MASTER_PORT", 15000 + int(env["SLURM_JOB_ID"]) % 15000)
+        address = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+        _set_ranks(started.rank, started.world_size, int(env["SLURM_LOCALID"]), address, port)
+
+
+class Started(NamedTuple):
+    """What mpirun or srun say of this process."""
+
+    launcher: str
+    rank: int
+    world_size: int
+
+
+def _started(env: Mapping[str, str]) -> Started | None:
+    # Open MPI's processes also have the variables of srun, which has started its daemons. A batch
+    # script has SLURM_PROCID, but is no step.
+    for launcher, rank, size in (
+        ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("mpirun", "PMI_RANK", "PMI_SIZE"),
+    ):
+        if rank in env and size in env:
+            return Started(launcher, int(env[rank]), int(env[size]))
+    return None
+
+
+def _check_ranks(env: Mapping[str, str], started: Started | None) -> None:
+    """RANK and WORLD_SIZE are whole, and not another launcher's leftovers."""
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name not in env:
+            raise ValueError(f"{other} is set, but {name} is not; set both, or unset it")
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0 to {size - 1}")
+    # torchrun and deepspeed may be started once a node by srun or mpirun, and then count anew.
+    counted_anew = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & env.keys()
+    if started and started.world_size > 1 and not counted_anew and started[1:] != (rank, size):
+        raise ValueError(
+            f"{started.launcher} says this is rank {started.rank} of {started.world_size}, but "
+            f"RANK is {rank} and WORLD_SIZE {size}; unset these two"
+        )
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: `gpu[003-005,7],login` -> `gpu003`."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _set_ranks(*values: int | str) -> None:
-    global _translated
-    _translated = True
+    _before.update((name, os.environ.get(name)) for name in RANK_VARIABLES)
     os.environ.update(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
@@ -150,14 +188,16 @@ def _free_port() -> int:
 
 def shutdown() -> None:
     """Leave the process group, and take back what was written into the environment."""
-    global _translated, _roll_call
+    global _roll_call
     if dist.is_initialized():
         dist.destroy_process_group()
         _roll_call = None
-    if _translated:
-        for name in RANK_VARIABLES:
-            os.environ.pop(name, None)
-        _translated = False
+    for name, value in _before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    _before.clear()
 
 
 def rank() -> int:
