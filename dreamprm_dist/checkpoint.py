@@ -1,8 +1,11 @@
-"""Checkpoints, from which a stopped run goes on bit for bit: `<run>/checkpoints/iteration-N`.
+"""Checkpoints, from which a stopped run goes on: `<run>/checkpoints/iteration-N`.
 
 All ranks write into `iteration-N.new`; when every rank has finished, a manifest with the SHA-256 of
 every file is added and one rename makes the checkpoint visible. DeepSpeed's own files are pickles:
 they are read only after the checksums of the whole folder have been verified.
+
+At the same world size a run goes on bit for bit. At another one DeepSpeed's state goes through its
+universal checkpoint, and the table's rows are read by their new owners.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamprm_dist import distributed
@@ -33,29 +37,21 @@ from dreamprm_dist.checkpoint_files import (
     remove,
     write_manifest,
 )
-from dreamprm_dist.config import TrainConfig
-from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
-from dreamprm_dist.data.shards import ShardFolder, file_sha256
 from dreamprm_dist.engine import Engine
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
-# Settings in which a resumed run may differ from the one it goes on with. Data are compared by
-# content and not by where they lie.
-MAY_CHANGE = {
-    *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
-    *("save_every_iterations", "keep_last", "resume", "log_every", "num_workers"),
-    *("device", "local_rank", "max_bad_steps", "collective_timeout"),
-}
 LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 class Stateful(Protocol):
-    """What a checkpoint asks of a reweighter: this rank's state as tensors, and back."""
+    """What a checkpoint asks of a reweighter."""
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """`shard-S.*` for each shard S of this rank; everything else is equal on all ranks."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what this rank needs from the states that all ranks have saved."""
 
 
 @dataclass
@@ -63,7 +59,8 @@ class Checkpoint:
     """A whole checkpoint.
 
     Attributes:
-        state: iteration, world_size, settings and library versions, as `state.json` has them.
+        state: iteration, world_size, settings, global_batch_sizes and library versions, as
+            `state.json` has them.
     """
 
     path: Path
@@ -73,23 +70,6 @@ class Checkpoint:
     def iteration(self) -> int:
         """Outer iterations done."""
         return self.state["iteration"]
-
-
-def run_settings(
-    config: TrainConfig, train_shards: ShardFolder, meta_shards: ShardFolder | None
-) -> dict:
-    """What must be equal for one run to go on with another's checkpoint, by the flag's name."""
-    data = {"train_json_file": train_shards, "meta_json_file": meta_shards}
-    return _fixed(config.as_dict()) | {
-        name: f"shards with SHA-256 {file_sha256(shards.path / SHARD_MANIFEST)}"
-        for name, shards in data.items()
-        if shards is not None
-    }
-
-
-def is_same_run(config: TrainConfig, file: Path) -> bool:
-    """Whether a run folder's `config.yaml` is that of `config`, but for what may change."""
-    return file.is_file() and _fixed(yaml.safe_load(file.read_text())) == _fixed(config.as_dict())
 
 
 def save_checkpoint(
@@ -125,9 +105,13 @@ def save_checkpoint(
     def write() -> None:
         engine.save(new / "deepspeed")
         tensors = {f"rng.{name}": value for name, value in _rng_state(engine.device).items()}
-        if reweighter is not None:
-            tensors |= {f"reweighter.{name}": t for name, t in reweighter.state_dict().items()}
-        save_file(tensors, _rank_file(new))
+        mine = {} if reweighter is None else reweighter.state_dict()
+        tensors |= {
+            f"reweighter.{name}": tensor
+            for name, tensor in mine.items()
+            if is_main or name.startswith("shard-")
+        }
+        save_file(tensors, _rank_file(new, distributed.rank()))
 
     def publish() -> None:
         if is_main:
@@ -173,7 +157,7 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
         problem = damage(path)
         if problem is None:
             return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
-        _say(f"warning: checkpoint {path} is damaged and skipped: {problem}")
+        say(f"warning: checkpoint {path} is damaged and skipped: {problem}")
     if found:
         raise ValueError(
             f"no checkpoint in {folder} is whole; choose another weights_path, or remove the run "
@@ -182,50 +166,57 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
     return None
 
 
-def check_resumable(checkpoint: Checkpoint, settings: dict) -> None:
-    """Refuse to go on with a checkpoint of another run.
-
-    Raises:
-        ValueError: naming the first setting that differs, or the world size.
-    """
-    saved = checkpoint.state["settings"]
-    for name in {**settings, **saved}:
-        if saved.get(name) != settings.get(name):
-            raise ValueError(
-                f"{checkpoint.path} was made with {name} = {saved.get(name)}, but now it is "
-                f"{settings.get(name)}; set it back, or choose another weights_path for a new run"
-            )
-    world_size = checkpoint.state["world_size"]
-    if world_size != distributed.world_size():
-        raise ValueError(
-            f"{checkpoint.path} was made by {world_size} rank(s) and cannot be resumed by "
-            f"{distributed.world_size()}; start {world_size}"
-        )
-
-
 def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful | None) -> None:
     """Put all state back on this rank. The checkpoint comes from `newest_checkpoint`."""
-    _say(f"resuming from {checkpoint.path}")
+    path, saved_by = checkpoint.path, checkpoint.state["world_size"]
+    say(f"resuming from {path}")
     for name, saved in checkpoint.state["versions"].items():
         if _versions()[name] != saved:
-            _say(
-                f"warning: {checkpoint.path} was made with {name} {saved}, this is "
-                f"{_versions()[name]}: results may differ in their last digits"
+            say(
+                f"warning: {path} was made with {name} {saved}, this is {_versions()[name]}: "
+                "results may differ in their last digits"
             )
-    engine.load(checkpoint.path / "deepspeed")
-    groups: dict[str, dict[str, Tensor]] = {"rng": {}, "reweighter": {}}
-    for name, tensor in load_file(_rank_file(checkpoint.path)).items():
-        group, _, key = name.partition(".")
-        groups[group][key] = tensor
+    if saved_by == distributed.world_size():
+        engine.load(path / "deepspeed")
+    else:
+        say(f"from {saved_by} to {distributed.world_size()} rank(s)")
+        engine.load_universal(path / "deepspeed", path.with_name("universal.new"))
+    files = [_rank_file(path, rank) for rank in range(saved_by)]
     if reweighter is not None:
-        reweighter.load_state_dict(groups["reweighter"])
-    torch.set_rng_state(groups["rng"]["cpu"])
-    if "cuda" in groups["rng"]:
-        torch.cuda.set_rng_state(groups["rng"]["cuda"], engine.device)
+        reweighter.load_state_dict(SavedTensors(files, "reweighter."))
+    # A rank that was not there before takes the generators of one that was.
+    rng = SavedTensors([files[distributed.rank() % saved_by]], "rng.")
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], engine.device)
 
 
-def _fixed(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+class SavedTensors(Mapping[str, Tensor]):
+    """Tensors of several safetensors files by name without a prefix, read when asked for."""
+
+    def __init__(self, files: list[Path], prefix: str):
+        self._prefix = prefix
+        self._files = {
+            name: file
+            for file in (safe_open(path, framework="pt") for path in files)
+            for name in file.keys()  # noqa: SIM118 (not a dict)
+            if name.startswith(prefix)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[self._prefix + name].get_tensor(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def say(message: str) -> None:
+    """A line on stderr, from rank 0."""
+    if distributed.rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def _versions() -> dict[str, str]:
@@ -239,10 +230,5 @@ def _rng_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def _rank_file(path: Path) -> Path:
-    return path / f"rank-{distributed.rank()}.safetensors"
-
-
-def _say(message: str) -> None:
-    if distributed.rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+def _rank_file(path: Path, rank: int) -> Path:
+    return path / f"rank-{rank}.safetensors"

@@ -250,12 +250,43 @@ class TrainConfig:
         """Plain fine-tuning: no weights are learned."""
         return self.run.retrain or self.run.baseline
 
+    def global_batch_sizes(self, world_size: int) -> dict[str, int]:
+        """Instances of a lower step and, if there is one, of an upper step, over all ranks."""
+        values, levels = self.as_dict(), list(BATCH_FLAGS.items())
+        return {
+            size: values[size] * values[accumulation] * world_size
+            for size, accumulation in (levels[:1] if self.unweighted else levels)
+        }
+
+    def with_global_batch_sizes(self, sizes: dict[str, int], world_size: int) -> TrainConfig:
+        """The same run on `world_size` ranks, which divides the sizes.
+
+        A rank's part is cut into the fewest equal micro-batches that are not larger than before.
+        """
+        values, flags = self.as_dict(), {}
+        for size, global_size in sizes.items():
+            part = global_size // world_size
+            flags[size] = max(b for b in range(1, values[size] + 1) if part % b == 0)
+            flags[BATCH_FLAGS[size]] = part // flags[size]
+        replaced = {
+            name: dataclasses.replace(
+                section, **{flag: flags[flag] for flag in flags if hasattr(section, flag)}
+            )
+            for name, section in (("lower", self.lower), ("upper", self.upper))
+        }
+        return dataclasses.replace(self, **replaced)
+
     def as_dict(self) -> dict:
         """All flags, flat, as a recipe has them."""
         sections = (getattr(self, field.name) for field in dataclasses.fields(self))
         return {name: value for section in sections for name, value in vars(section).items()}
 
 
+# Micro-batch sizes, lower level first, and how many micro-batches make a rank's part of a step.
+BATCH_FLAGS = {
+    "batch_size": "gradient_accumulation",
+    "meta_batch_size": "meta_gradient_accumulation",
+}
 _AT_LEAST_ONE = {
     "batch_size",
     "gradient_accumulation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from dreamprm_dist import distributed
 from dreamprm_dist.config import TrainConfig
 from dreamprm_dist.data.collate import Batch
-from dreamprm_dist.engine_files import CheckpointWriter
+from dreamprm_dist.engine_files import CheckpointWriter, make_universal
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.schedules import build_schedule
@@ -281,6 +282,23 @@ class Engine:
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
+
+    def load_universal(self, folder: Path, scratch: Path) -> None:
+        """Put back what `save` wrote at another world size; verify the files first, as for `load`.
+
+        Args:
+            scratch: a folder that all ranks see; made, and removed in the end.
+        """
+        if distributed.rank() == 0:
+            make_universal(folder / CHECKPOINT_TAG, scratch / CHECKPOINT_TAG)
+        distributed.barrier()
+        settings = self._deepspeed._config
+        settings.load_universal_checkpoint = True
+        self.load(scratch)
+        settings.load_universal_checkpoint = False
+        distributed.barrier()
+        if distributed.rank() == 0:
+            shutil.rmtree(scratch)
 
 
 def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -27,15 +27,7 @@ from tqdm import tqdm
 from dreamprm_dist import distributed
 from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.bad_steps import BadSteps
-from dreamprm_dist.checkpoint import (
-    Checkpoint,
-    check_resumable,
-    is_same_run,
-    load_checkpoint,
-    newest_checkpoint,
-    run_settings,
-    save_checkpoint,
-)
+from dreamprm_dist.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.config import TrainConfig, save_config
 from dreamprm_dist.data.collate import Batch, InputFormat
 from dreamprm_dist.data.loader import RankBatches
@@ -49,6 +41,7 @@ from dreamprm_dist.metrics import MetricsWriter, Phases, cut_back, peak_memory_b
 from dreamprm_dist.preemption import StopRequest
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import StepOutput, load_prm, load_tokenizer
+from dreamprm_dist.resume import checkpoint_to_resume, fit_to_ranks, run_settings
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Surroundings
 from dreamprm_dist.trackers import Trackers
@@ -82,11 +75,13 @@ class BilevelTrainer:
                 f"aggregation_function {config.upper.aggregation_function!r} is unknown; choose "
                 f"from {', '.join(AGGREGATIONS)}"
             )
-        self.config, self.device = config, device
         self.train_shards, self.meta_shards = train_shards, meta_shards
         self.run_folder = Path(config.run.weights_path)
         self.settings = run_settings(config, train_shards, meta_shards)
-        self.checkpoint = self._checkpoint_to_resume()
+        self.checkpoint = checkpoint_to_resume(config, self.settings, self.run_folder / METRICS)
+        if self.checkpoint:
+            config = fit_to_ranks(config, self.checkpoint, train_shards, meta_shards)
+        self.config, self.device = config, device
         torch.manual_seed(config.run.seed)
 
         prm = load_prm(config.model.reward_model, config.model.precision, device)
@@ -138,20 +133,6 @@ class BilevelTrainer:
             )
         self.phases = Phases(device)
         self.bad_steps = BadSteps(config.run.max_bad_steps)
-
-    def _checkpoint_to_resume(self) -> Checkpoint | None:
-        """The one to go on from; None for a run that starts at its beginning."""
-        may_resume = self.config.run.resume == "auto"
-        checkpoint = newest_checkpoint(self.run_folder) if may_resume else None
-        if checkpoint is not None:
-            check_resumable(checkpoint, self.settings)
-        elif (self.run_folder / METRICS).exists() and not (
-            may_resume and is_same_run(self.config, self.run_folder / "config.yaml")
-        ):
-            raise ValueError(
-                f"{self.run_folder} already holds a run; choose another weights_path or remove it"
-            )
-        return checkpoint
 
     def _batches(
         self,
@@ -243,7 +224,11 @@ class BilevelTrainer:
         start = time.perf_counter()
         size = save_checkpoint(
             self.run_folder,
-            {"iteration": iteration, "settings": self.settings},
+            {
+                "iteration": iteration,
+                "settings": self.settings,
+                "global_batch_sizes": self.config.global_batch_sizes(distributed.world_size()),
+            },
             self.engine,
             self.reweighter,
             self.config.run.keep_last,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -131,7 +131,10 @@ class Reweighter(ABC):
         return self._optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a step changes on this rank: parameters, optimizer and schedule."""
+        """All that a step changes: parameters, optimizer and schedule.
+
+        What is named `shard-S.*` belongs to that shard; everything else is equal on all ranks.
+        """
         (group,) = self._optimizer.param_groups
         state = {
             "schedule_steps": torch.tensor(self._schedule.last_epoch),
@@ -143,8 +146,8 @@ class Reweighter(ABC):
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state_dict` returned on this rank."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` returned on all ranks, however many they were."""
         (group,) = self._optimizer.param_groups
         for i, parameter in enumerate(group["params"]):
             mine = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,25 @@ class InstanceTable(Reweighter):
                 rows = gradient.indices()[0]
                 self.raw_weights[rows] = self.raw_weights[rows].clamp(*bounds)
         return squared_norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As of every reweighter, with what is one number a row cut into `shard-S.*`."""
+        state = super().state_dict()
+        by_row = {n: t for n, t in state.items() if t.shape == self.raw_weights.shape}
+        return {name: t for name, t in state.items() if name not in by_row} | {
+            # Copies, for safetensors writes no tensors that share their memory.
+            f"shard-{shard}.{name}": rows.clone()
+            for name, t in by_row.items()
+            for shard, rows in zip(self.partition.shards, self.partition.by_shard(t), strict=True)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        shards = self.partition.shards
+        first = f"shard-{shards[0]}."
+        names = [name.removeprefix(first) for name in state if name.startswith(first)]
+        rows = {n: torch.cat([state[f"shard-{shard}.{n}"] for shard in shards]) for n in names}
+        shared = {name: state[name] for name in state if not name.startswith("shard-")}
+        super().load_state_dict(shared | rows)
 
     def statistics(self) -> dict[str, float]:
         return weight_statistics(self.activate(self.raw_weights))

@@ -51,6 +51,10 @@ class RowPartition:
             raise ValueError(f"sample_id {int(sample_ids[beyond][0])} is not in the training data")
         return self._offsets[local_shards] + rows
 
+    def by_shard(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values of this rank's rows, cut into those of each of its shards."""
+        return values.split([self._rows_per_shard[shard] for shard in self.shards])
+
     def gather(self, values: Tensor) -> Tensor | None:
         """Values of this rank's rows -> those of all instances by sample ID, on rank 0 only."""
         parts = distributed.gather_rows(values)

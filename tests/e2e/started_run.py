@@ -10,6 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 ITERATIONS = 14
 # The folder of a run is its working directory, so that the exported model cards are equal too.
@@ -44,22 +48,26 @@ class Run:
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             }
-            with (self.folder / f"log-{rank}").open("w") as log:
-                command = [sys.executable, TRAIN, *FLAGS, *self.data, *flags]
-                ranks.append(
-                    subprocess.Popen(
-                        [str(part) for part in command],
-                        **{"stdout": log, "stderr": subprocess.STDOUT, "env": environment},
-                        cwd=self.folder,
-                        start_new_session=True,
-                    )
-                )
+            command = [sys.executable, TRAIN, *FLAGS, *self.data, *flags]
+            log = self.folder / f"log-{rank}"
+            ranks.append(self.start_rank([str(part) for part in command], environment, log))
         try:
             yield ranks
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
+
+    def start_rank(
+        self, command: list[str], environment: dict[str, str], log: Path
+    ) -> subprocess.Popen:
+        with log.open("w") as file:
+            return subprocess.Popen(
+                command,
+                **{"stdout": file, "stderr": subprocess.STDOUT, "env": environment},
+                cwd=self.folder,
+                start_new_session=True,
+            )
 
     def finish(self, *flags: str, num_ranks: int = 2) -> None:
         with self.started(*flags, num_ranks=num_ranks) as ranks:
@@ -91,10 +99,45 @@ class Run:
         return sorted(int(f.name.split("-")[1]) for f in folders if f.suffix == "")
 
 
-def same_files(one: Path, other: Path) -> list[str]:
-    """Names of the files of two folders, whose bytes are equal."""
-    names = sorted(str(f.relative_to(one)) for f in one.rglob("*") if f.is_file())
-    assert names == sorted(str(f.relative_to(other)) for f in other.rglob("*") if f.is_file())
-    for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    return names
+def differing_files(one: Path, other: Path) -> list[str]:
+    """Names of the files of two folders that are in one only, or whose bytes differ."""
+    names = {str(f.relative_to(each)) for each in (one, other) for f in each.rglob("*.*")}
+    files = {name: (one / name, other / name) for name in sorted(names)}
+    return [
+        name
+        for name, pair in files.items()
+        if not all(f.is_file() for f in pair) or pair[0].read_bytes() != pair[1].read_bytes()
+    ]
+
+
+def export_differences(run: Run, whole: Run) -> dict[str, float]:
+    """Largest differences of weights and parameters, relative to the largest value of their kind.
+
+    The keys' biases are left out: attention hardly depends on them, so that much of their gradient
+    is rounding, of which AdamW makes whole steps.
+    """
+    folders = [each.run_folder / "export" for each in (run, whole)]
+    table, expected = (pd.read_parquet(folder / "instance_weights.parquet") for folder in folders)
+    assert table["sample_id"].equals(expected["sample_id"])
+    found = {name: _relative(table[name], expected[name]) for name in ("raw_weight", "weight")}
+    model, expected = (load_file(folder / "model.safetensors") for folder in folders)
+    assert model.keys() == expected.keys()
+    return found | {
+        name: _relative(model[name], expected[name])
+        for name in model
+        if not name.endswith(".k_proj.bias")
+    }
+
+
+def metric_differences(lines: list[dict], expected: list[dict]) -> dict[str, float]:
+    """Largest differences of metrics over iterations, relative to their largest value."""
+    assert [line["iteration"] for line in lines] == [line["iteration"] for line in expected]
+    return {
+        name: _relative([line[name] for line in lines], [line[name] for line in expected])
+        for name in expected[0]
+    }
+
+
+def _relative(a, b) -> float:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))

@@ -11,8 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from started_run import FLAGS, ITERATIONS, TRAIN, Run, same_files
+from safetensors.numpy import load_file
+from started_run import (
+    FLAGS,
+    ITERATIONS,
+    TRAIN,
+    Run,
+    differing_files,
+    export_differences,
+    metric_differences,
+)
 
 from dreamprm_dist.checkpoint_files import MANIFEST
 
@@ -44,8 +52,7 @@ def stopped(new_run) -> Run:
 @pytest.fixture(scope="module")
 def killed(stopped: Run, new_run) -> Run:
     """The stopped run, started again, and killed with no checkpoint at its last iteration."""
-    run = new_run()
-    shutil.copytree(stopped.run_folder, run.run_folder)
+    run = copy(stopped, new_run)
     with run.started() as ranks:
         run.wait_for(lambda: len(run.metrics()) >= 7, ranks)
         for process in ranks:
@@ -54,9 +61,16 @@ def killed(stopped: Run, new_run) -> Run:
     return run
 
 
+def copy(run: Run, new_run) -> Run:
+    other = new_run()
+    shutil.copytree(run.run_folder, other.run_folder)
+    return other
+
+
 def assert_equal_runs(run: Run, whole: Run) -> None:
-    names = same_files(run.run_folder / "export", whole.run_folder / "export")
-    assert {"instance_weights.parquet", "model.safetensors"} <= set(names)
+    exports = [each.run_folder / "export" for each in (run, whole)]
+    assert not differing_files(*exports)
+    assert {"instance_weights.parquet", "model.safetensors"} <= set(os.listdir(exports[0]))
     assert run.metrics() == whole.metrics()
     assert [line["iteration"] for line in run.metrics()] == list(range(1, ITERATIONS + 1))
 
@@ -67,7 +81,9 @@ def test_a_whole_run_keeps_its_newest_checkpoints_and_moves(whole: Run):
     assert sorted(path.name for path in folder.iterdir()) == ["iteration-12", "iteration-14"]
     before, after = (load_file(path / "rank-1.safetensors") for path in sorted(folder.iterdir()))
     # Else any resume would look exact.
-    assert not before["reweighter.0.parameter"].equal(after["reweighter.0.parameter"])
+    assert (
+        before["reweighter.shard-1.0.parameter"] != after["reweighter.shard-1.0.parameter"]
+    ).any()
     assert len({line["lr"] for line in whole.metrics()}) > 2
     files = json.loads((folder / "iteration-14" / MANIFEST).read_text())["files"]
     written = {str(f.relative_to(folder / "iteration-14")) for f in folder.glob("*-14/**/*.*")}
@@ -90,8 +106,7 @@ def test_the_stopped_run_went_on_from_its_checkpoint(stopped: Run, killed: Run):
 
 def test_a_stopped_killed_and_damaged_run_ends_as_the_whole_one(killed: Run, whole: Run, new_run):
     """One bit of the newest checkpoint is flipped, so that the run goes on from the one before."""
-    run = new_run()
-    shutil.copytree(killed.run_folder, run.run_folder)
+    run = copy(killed, new_run)
     before, newest = run.checkpoints()[-2:]
     (file,) = (run.run_folder / "checkpoints" / f"iteration-{newest}").rglob("*_model_states.pt")
     data = bytearray(file.read_bytes())
@@ -105,6 +120,38 @@ def test_a_stopped_killed_and_damaged_run_ends_as_the_whole_one(killed: Run, who
     for rank in (0, 1):  # rows, moments, RNG
         file = f"checkpoints/iteration-{ITERATIONS}/rank-{rank}.safetensors"
         assert (run.run_folder / file).read_bytes() == (whole.run_folder / file).read_bytes()
+
+
+def test_it_goes_on_on_other_numbers_of_ranks(killed: Run, whole: Run, new_run, tmp_path: Path):
+    """2 to 1, with other flags for how it is done; that 1 to 2; 2 to 4, with the data elsewhere."""
+    one = copy(killed, new_run)
+    one.finish("--keep_last", "9", "--num_workers", "0", num_ranks=1)
+    assert "from 2 to 1 rank(s)" in one.log()
+    assert "batch of 8 stays: now 1 rank(s) x batch_size 4 x gradient_accumulation 2" in one.log()
+    two = copy(one, new_run)
+    for iteration in (12, 14):
+        shutil.rmtree(two.run_folder / "checkpoints" / f"iteration-{iteration}")
+    two.finish()
+    assert "from 1 to 2 rank(s)" in two.log()
+    four = copy(killed, new_run)
+    shards = shutil.copytree(killed.data[1], tmp_path / "train")
+    four.finish("--train_json_file", str(shards), num_ranks=4)
+    assert "now 4 rank(s) x batch_size 2 x gradient_accumulation 1" in four.log()
+    for run in (one, two, four):
+        found = export_differences(run, whole)
+        found |= metric_differences(run.metrics(), whole.metrics())
+        worst = sorted(found, key=found.get)[-5:]
+        print({n: found[n] for n in worst})
+        assert max(found.values()) < 1e-5
+
+
+def test_the_last_checkpoint_is_the_same_model_on_any_number_of_ranks(whole: Run, new_run):
+    """Nothing is left to do but to export: every row and parameter has its bits."""
+    run = copy(whole, new_run)
+    shutil.rmtree(run.run_folder / "export")
+    run.finish(num_ranks=4)
+    differing = differing_files(run.run_folder / "export", whole.run_folder / "export")
+    assert differing == ["README.md"]  # which has the micro-batches
 
 
 @pytest.fixture
@@ -141,7 +188,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     files = (run.run_folder / "checkpoints" / "iteration-12").rglob("*.*")
     total = sum(file.stat().st_size for file in files if file.name != MANIFEST)
     # The line after the save has it; the one after iteration 3 was written by the first start.
-    assert {i: size for i, size in sizes.items() if size} == dict.fromkeys((7, 10, 13), total)
+    assert [i for i, size in sizes.items() if size] == [7, 10, 13] and sizes[13] == total
 
 
 @pytest.fixture
@@ -164,10 +211,9 @@ def refused(killed: Run, monkeypatch):
     [
         (["--lr", "2e-3"], "was made with lr = 0.001, but now it is 0.002; set it back"),
         (["--iteration_num", "20"], "was made with iteration_num = 14, but now it is 20"),
-        (["--num_workers", "0", "--log_every", "5"], "was made by 2 rank(s) and cannot be"),
         (["--resume", "never"], "already holds a run"),
     ],
-    ids=["lr", "iteration_num", "world_size", "never"],
+    ids=["lr", "iteration_num", "never"],
 )
 def test_what_contradicts_the_checkpoint_is_refused(refused, flags, message):
     assert message in refused(*flags)
@@ -175,7 +221,6 @@ def test_what_contradicts_the_checkpoint_is_refused(refused, flags, message):
 
 def test_other_data_under_the_same_flags_are_refused(refused, killed: Run, tmp_path: Path):
     shards = shutil.copytree(killed.data[1], tmp_path / "train")
-    assert "was made by 2 rank(s)" in refused("--train_json_file", str(shards))
     manifest = shards / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert "was made with train_json_file = shards" in refused("--train_json_file", str(shards))

@@ -118,6 +118,23 @@ def test_wrong_flags_are_refused(argv: list[str], message: str):
         parse_train_config(argv)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "lower", "meta"),
+    [(1, (4, 6), (5, 2)), (2, (4, 3), (5, 1)), (4, (3, 2), None), (6, (4, 1), None)],
+)
+def test_the_global_batch_stays_on_any_number_of_ranks(world_size, lower, meta):
+    """24 instances and, where the ranks divide them, 10 meta solutions."""
+    flags = "--batch_size 4 --gradient_accumulation 3 --meta_batch_size 5".split()
+    config = parse_train_config([*flags, *([] if meta else ["--baseline"])])
+    sizes = config.global_batch_sizes(2)
+    assert sizes == {"batch_size": 24} | ({"meta_batch_size": 10} if meta else {})
+    fitted = config.with_global_batch_sizes(sizes, world_size)
+    assert (fitted.lower.batch_size, fitted.lower.gradient_accumulation) == lower
+    if meta:
+        assert (fitted.upper.meta_batch_size, fitted.upper.meta_gradient_accumulation) == meta
+    assert fitted.global_batch_sizes(world_size) == sizes
+
+
 def test_saved_yaml_is_flat(tmp_path: Path):
     save_config(parse_train_config([]), tmp_path / "config.yaml")
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())

@@ -12,7 +12,7 @@ LEVELS = [
     {"config", "distributed", "trackers", "bad_steps"},
     {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "grading", "model_card"},
     {"losses", "metrics", "export", "hypergradient", "reweighters"},
-    {"checkpoint", "checkpoint_files", "engine", "engine_files"},
+    {"checkpoint", "checkpoint_files", "engine", "engine_files", "resume"},
     {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
     {"api", "evaluation", "report"},
     {"serving"},

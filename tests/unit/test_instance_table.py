@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dreamprm_dist.config import UpperConfig
 from dreamprm_dist.losses import Observation
-from dreamprm_dist.reweighters import InstanceTable
+from dreamprm_dist.reweighters import InstanceTable, partition
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
 
@@ -245,3 +245,34 @@ def test_a_table_put_back_goes_on_as_the_one_that_was_saved(row_update: str, sch
         step(saved, number)
         step(restored, number)
         assert torch.equal(saved.raw_weights, restored.raw_weights)
+
+
+@pytest.mark.parametrize("row_update", ROW_UPDATES)
+def test_rows_and_moments_find_their_owners_on_any_number_of_ranks(row_update, monkeypatch):
+    def on_rank(rank: int, world_size: int) -> InstanceTable:
+        monkeypatch.setattr(partition.distributed, "rank", lambda: rank)
+        monkeypatch.setattr(partition.distributed, "world_size", lambda: world_size)
+        config = UpperConfig(row_update=row_update, activation_function="No")
+        weights = InstanceTable(config, surroundings([3, 3, 3, 2], num_steps=100))
+        monkeypatch.undo()
+        return weights
+
+    def states(tables: list[InstanceTable]) -> dict[str, Tensor]:
+        return {name: t for table in tables for name, t in table.state_dict().items()}
+
+    before = [on_rank(rank, 2) for rank in range(2)]
+    for step in range(2):
+        for rank, weights in enumerate(before):
+            ids = torch.tensor([rank, rank + 2, rank + 4 + 2 * step])
+            add(weights, ids, 1.0 + ids)
+            weights.step()
+            weights.raw_weights += torch.rand(len(weights.raw_weights))  # no two rows alike
+    saved = states(before)
+    assert len(torch.cat([t for n, t in saved.items() if n.endswith(".parameter")]).unique()) == 11
+    for world_size in (1, 2, 4):
+        after = [on_rank(rank, world_size) for rank in range(world_size)]
+        for weights in after:
+            weights.load_state_dict(saved)
+        found = states(after)
+        assert found.keys() == saved.keys()
+        assert all(t.equal(saved[name]) for name, t in found.items())

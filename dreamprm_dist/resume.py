@@ -1,0 +1,98 @@
+"""What a run goes on from: its newest checkpoint, if that is the same run's, at any world size.
+
+The global batch sizes are constants of a run. On another number of ranks the micro-batches follow
+from them, and so every global batch holds the same instances.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from dreamprm_dist import distributed
+from dreamprm_dist.checkpoint import Checkpoint, newest_checkpoint, say
+from dreamprm_dist.config import BATCH_FLAGS, TrainConfig
+from dreamprm_dist.data.sampler import check_divisible
+from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
+from dreamprm_dist.data.shards import ShardFolder, file_sha256
+
+# Settings in which a resumed run may differ from the one it goes on with. Data are compared by
+# content and not by where they lie, batch sizes by the global ones.
+MAY_CHANGE = {
+    *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
+    *("save_every_iterations", "keep_last", "resume", "log_every", "num_workers"),
+    *("device", "local_rank", "max_bad_steps", "collective_timeout"),
+}
+
+
+def run_settings(
+    config: TrainConfig, train_shards: ShardFolder, meta_shards: ShardFolder | None
+) -> dict:
+    """What must be equal for one run to go on with another's checkpoint, by the flag's name."""
+    data = {"train_json_file": train_shards, "meta_json_file": meta_shards}
+    batches = {*BATCH_FLAGS, *BATCH_FLAGS.values()}
+    return {name: v for name, v in _fixed(config.as_dict()).items() if name not in batches} | {
+        name: f"shards with SHA-256 {file_sha256(shards.path / SHARD_MANIFEST)}"
+        for name, shards in data.items()
+        if shards is not None
+    }
+
+
+def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> Checkpoint | None:
+    """The one to go on from; None for a run that starts at its beginning.
+
+    Args:
+        settings: from `run_settings`.
+        metrics: the file that a run which has begun has written.
+
+    Raises:
+        ValueError: the run folder is another run's, naming the first setting that differs.
+    """
+    folder, may_resume = metrics.parent, config.run.resume == "auto"
+    checkpoint = newest_checkpoint(folder) if may_resume else None
+    if checkpoint is not None:
+        saved = checkpoint.state["settings"]
+        for name in {**settings, **saved}:
+            if saved.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{checkpoint.path} was made with {name} = {saved.get(name)}, but now it is "
+                    f"{settings.get(name)}; set it back, or choose another weights_path for a new "
+                    "run"
+                )
+    elif metrics.exists() and not (may_resume and _is_same_run(config, folder / "config.yaml")):
+        raise ValueError(f"{folder} already holds a run; choose another weights_path or remove it")
+    return checkpoint
+
+
+def fit_to_ranks(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    train_shards: ShardFolder,
+    meta_shards: ShardFolder | None,
+) -> TrainConfig:
+    """The configuration with micro-batches that make the run's global batches on these ranks.
+
+    Raises:
+        ValueError: this number of ranks cannot share them, naming numbers that can.
+    """
+    sizes, ranks = checkpoint.state["global_batch_sizes"], distributed.world_size()
+    for size, shards in zip(sizes.values(), (train_shards, meta_shards), strict=False):
+        check_divisible(shards.num_shards, size, ranks)
+    fitted = config.with_global_batch_sizes(sizes, ranks)
+    if fitted != config:
+        lower = fitted.lower
+        say(
+            f"the global batch of {sizes['batch_size']} stays: now {ranks} rank(s) x batch_size "
+            f"{lower.batch_size} x gradient_accumulation {lower.gradient_accumulation}"
+        )
+    return fitted
+
+
+def _is_same_run(config: TrainConfig, file: Path) -> bool:
+    """Whether a run folder's `config.yaml` is that of `config`, but for what may change."""
+    return file.is_file() and _fixed(yaml.safe_load(file.read_text())) == _fixed(config.as_dict())
+
+
+def _fixed(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
