@@ -16,7 +16,7 @@ MODEL ?= runs/instance_table/export
 TEST ?= data/test.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test test-gpu test-web lint format shard-data train evaluate bench
+.PHONY: help setup demo demo-seeds test test-survive test-gpu test-web lint format shard-data train evaluate bench
 .PHONY: bench-data
 
 help: ## list the targets
@@ -38,6 +38,9 @@ demo-seeds: $(STAMP) ## the demo with three seeds and its controls, in runs/demo
 
 test: $(STAMP) ## all tests but those that need a GPU
 	$(PYTHON) -m pytest -m "not gpu and not web"
+
+test-survive: $(STAMP) ## kill a run KILLS=20 times and change its number of ranks; survive.json
+	$(PYTHON) tests/survive.py
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu
