@@ -11,6 +11,7 @@ universal checkpoint, and the table's rows are read by their new owners.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -59,8 +60,8 @@ class Checkpoint:
     """A whole checkpoint.
 
     Attributes:
-        state: iteration, world_size, settings, global_batch_sizes and library versions, as
-            `state.json` has them.
+        state: iteration, world_size, settings, global_batch_sizes, library versions and, where it
+            was measured, meta_validation_loss, as `state.json` has them.
     """
 
     path: Path
@@ -78,11 +79,14 @@ def save_checkpoint(
     engine: Engine,
     reweighter: Stateful | None,
     keep_last: int,
+    keep_best: int = 0,
 ) -> int:
-    """Write a checkpoint on all ranks together, then remove all but the newest `keep_last`.
+    """Write a checkpoint on all ranks together, then remove those that are not to be kept.
 
     Args:
         state: see `Checkpoint`; world size and versions are added.
+        keep_last: the newest that stay.
+        keep_best: those of the lowest `meta_validation_loss` that stay beside them.
 
     Returns:
         Bytes of the checkpoint.
@@ -137,8 +141,9 @@ def save_checkpoint(
     distributed.barrier()  # before anything is removed that another rank still looks at
     if is_main:
         # One beyond this iteration is damaged: the run went on from an earlier one.
-        older = [i for i in iterations(folder) if i <= state["iteration"]]
-        for i in set(iterations(folder)) - set(older[:keep_last]):
+        found = [i for i in iterations(folder) if i <= state["iteration"]]
+        best = sorted(found, key=lambda i: _validation_loss(iteration_folder(folder, i)))
+        for i in set(iterations(folder)) - {*found[:keep_last], *best[:keep_best]}:
             remove(iteration_folder(folder, i))
     distributed.barrier()
     return size
@@ -217,6 +222,15 @@ def say(message: str) -> None:
     """A line on stderr, from rank 0."""
     if distributed.rank() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def _validation_loss(path: Path) -> float:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        loss = float(state.get("meta_validation_loss", math.inf))
+    except (OSError, ValueError):  # damaged, and so not the best
+        return math.inf
+    return math.inf if math.isnan(loss) else loss
 
 
 def _versions() -> dict[str, str]:

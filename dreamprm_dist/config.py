@@ -42,6 +42,9 @@ class DataConfig:
         "./data/train.json", "Training shards, or a raw JSON/JSONL file that is then sharded once."
     )
     meta_json_file: str = flag("./data/meta.json", "Meta shards, or a raw JSON/JSONL file.")
+    meta_validation_fraction: float = flag(
+        0.0, "Part of the meta questions that is only measured on, at each checkpoint."
+    )
     image_root: str | None = flag(
         None, "Folder that image paths of a raw file start at (default: the file's own folder)."
     )
@@ -176,6 +179,7 @@ class RunConfig:
         1000, "Iterations between two checkpoints; the last is always saved."
     )
     keep_last: int = flag(2, "Checkpoints kept, the newest ones.")
+    keep_best: int = flag(0, "Checkpoints kept beside them, of the lowest meta validation loss.")
     resume: Literal["auto", "never"] = flag(
         "auto", "auto: go on from the newest whole checkpoint; never: refuse a taken run folder."
     )
@@ -229,6 +233,11 @@ class TrainConfig:
                 "Project is for the table's rows; use Clip or sigmoid with instance_net"
             )
         check_trackers(self.run.trackers)
+        fraction = self.data.meta_validation_fraction
+        if not 0 <= fraction < 1:
+            raise ValueError(f"meta_validation_fraction is {fraction}; it lies from 0 to below 1")
+        if self.run.keep_best and (self.unweighted or not fraction):
+            raise ValueError("keep_best needs a meta set and a meta_validation_fraction above 0")
         if self.run.collective_timeout <= 0:
             raise ValueError(
                 f"collective_timeout is {self.run.collective_timeout} minutes; it must be above 0"

@@ -17,6 +17,7 @@ FIELDS = {
     "lower_loss": "mean instance loss of the last lower batch, before its step",
     "weighted_loss": "the same, each instance times its weight: what the lower level minimises",
     "meta_loss": "mean meta loss of the meta batch",
+    "meta_validation_loss": "mean meta loss of the held-out meta questions, at each checkpoint",
     "lr": "learning rate of the last lower step",
     "meta_lr": "learning rate of the upper step",
     "gradient_norm": "global norm of the lower gradient before clipping",

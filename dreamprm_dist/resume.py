@@ -21,7 +21,7 @@ from dreamprm_dist.data.shards import ShardFolder, file_sha256
 # content and not by where they lie, batch sizes by the global ones.
 MAY_CHANGE = {
     *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
-    *("save_every_iterations", "keep_last", "resume", "log_every", "num_workers"),
+    *("save_every_iterations", "keep_last", "keep_best", "resume", "log_every", "num_workers"),
     *("device", "local_rank", "max_bad_steps", "collective_timeout"),
 }
 

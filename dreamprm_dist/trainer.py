@@ -30,6 +30,7 @@ from dreamprm_dist.bad_steps import BadSteps
 from dreamprm_dist.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.config import TrainConfig, save_config
 from dreamprm_dist.data.collate import Batch, InputFormat
+from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.sampler import check_divisible
 from dreamprm_dist.data.shards import ShardFolder
@@ -45,6 +46,7 @@ from dreamprm_dist.resume import checkpoint_to_resume, fit_to_ranks, run_setting
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Surroundings
 from dreamprm_dist.trackers import Trackers
+from dreamprm_dist.whole_passes import mean_loss, raw_weights_now
 
 METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
@@ -110,8 +112,11 @@ class BilevelTrainer:
             device,
             keep_gradients=self.estimator.precondition is not None,
         )
-        self.reweighter = None
+        self.reweighter = self.validation_batches = None
         if not config.unweighted:
+            if fraction := config.data.meta_validation_fraction:
+                meta_shards, held_out = hold_out(meta_shards, fraction, config.run.seed)
+                self.validation_batches = self._batches(held_out, UPPER, upper.meta_batch_size, 1)
             self.meta_batches = self._batches(
                 meta_shards,
                 UPPER,
@@ -136,7 +141,7 @@ class BilevelTrainer:
 
     def _batches(
         self,
-        shards: ShardFolder,
+        shards: ShardFolder | RowSubset,
         level: int,
         batch_size: int,
         accumulation: int,
@@ -198,6 +203,10 @@ class BilevelTrainer:
             for iteration in progress:
                 values = self.iteration(lower_stream, meta_stream)
                 is_last = iteration == run.iteration_num
+                stopping = stop.noted() and not is_last
+                saving = iteration % run.save_every_iterations == 0 or is_last or stopping
+                validation = self._validate() if saving else {}
+                written |= validation
                 if iteration % run.log_every == 0 or is_last:
                     metrics = self._metrics(iteration, values, iteration - logged)
                     logged = iteration
@@ -206,9 +215,8 @@ class BilevelTrainer:
                     shown = (k for k in ("lower_loss", "meta_loss") if k in metrics)
                     progress.set_postfix({k: f"{metrics[k]:.3f}" for k in shown})
                 self.bad_steps.end_iteration(iteration)
-                stopping = stop.noted() and not is_last
-                if iteration % run.save_every_iterations == 0 or is_last or stopping:
-                    written = self._save(iteration)
+                if saving:
+                    written |= self._save(iteration, validation)
                 if stopping:
                     break
         progress.close()
@@ -219,7 +227,15 @@ class BilevelTrainer:
         else:
             self.export()
 
-    def _save(self, iteration: int) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
+        """The meta loss of the questions that are held out of the meta set, if any are."""
+        if self.validation_batches is None:
+            return {}
+        batches = self._every_row(self.validation_batches)
+        loss = mean_loss(self.engine.module, batches, self._meta_losses, self.device)
+        return {"meta_validation_loss": loss}
+
+    def _save(self, iteration: int, validation: dict[str, float]) -> dict[str, float]:
         """A checkpoint; returns what it took, for `metrics.jsonl`."""
         start = time.perf_counter()
         size = save_checkpoint(
@@ -228,10 +244,12 @@ class BilevelTrainer:
                 "iteration": iteration,
                 "settings": self.settings,
                 "global_batch_sizes": self.config.global_batch_sizes(distributed.world_size()),
+                **validation,
             },
             self.engine,
             self.reweighter,
             self.config.run.keep_last,
+            self.config.run.keep_best,
         )
         return {"seconds_checkpoint": time.perf_counter() - start, "checkpoint_bytes": size}
 
@@ -323,6 +341,9 @@ class BilevelTrainer:
     def _stream(self, batches: RankBatches, end: int, first: int = 0) -> Iterator[list[Batch]]:
         return batches.stream(first, end - first, self.config.data.num_workers, self.device)
 
+    def _every_row(self, batches: RankBatches) -> Iterator[Batch]:
+        return batches.every_row(self.config.data.num_workers, self.device)
+
     def _label(self) -> str:
         run = self.config.run
         return "cold start" if run.retrain else "baseline" if run.baseline else "bi-level"
@@ -373,22 +394,12 @@ class BilevelTrainer:
         Weights that the PRM's output decides take a forward pass over the training data.
         """
         reweighter = self.reweighter
-        raw = self._raw_weights_now() if reweighter.reads_prm else reweighter.local_raw_weights()
+        if reweighter.reads_prm:
+            batches = self._every_row(self.train_batches)
+            raw = raw_weights_now(self.engine.module, reweighter, batches)
+        else:
+            raw = reweighter.local_raw_weights()
         return reweighter.gather(raw)
-
-    @torch.no_grad()
-    def _raw_weights_now(self) -> Tensor:
-        """Raw weights of this rank's rows by the present PRM."""
-        raw = torch.empty(self.reweighter.partition.num_rows, device=self.device)
-        batches = self.train_batches.every_row(self.config.data.num_workers, self.device)
-        for batch in tqdm(batches, desc="weights", disable=distributed.rank() != 0, leave=False):
-            batch = batch.to(self.device)
-            output = self.engine.module(batch)
-            losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
-            features = self.reweighter.features(output, losses, batch)
-            rows = self.reweighter.partition.rows(batch.sample_ids)
-            raw[rows] = self.reweighter.raw_weights_of(batch, features)
-        return raw
 
     def export(self) -> None:
         """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.collate import Batch, InputFormat, Instance, collate, encode_instance
+from dreamprm_dist.data.held_out import RowSubset
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.preemption import leave_signals_to_the_rank
@@ -27,7 +28,7 @@ class RankBatches(Dataset):
     sizes count questions, and a question brings all of its solutions.
     """
 
-    shards: ShardFolder
+    shards: ShardFolder | RowSubset
     tokenizer: PreTrainedTokenizerBase
     format: InputFormat
     global_batch_size: int
@@ -114,6 +115,7 @@ class RankBatches(Dataset):
                 collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
                 num_workers=num_workers,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=leave_signals_to_the_rank,
             )
         )
 
@@ -166,5 +168,5 @@ class _Rows(Dataset):
         return self._batches._instance(*self._rows[index])
 
 
-def _named(shards: ShardFolder, record: dict, problem: object) -> str:
+def _named(shards: ShardFolder | RowSubset, record: dict, problem: object) -> str:
     return f"{shards.path}: sample_id {record['sample_id']} (id {record['source_id']!r}): {problem}"

@@ -49,6 +49,12 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def question_rows(ids: list[int]) -> list[range]:
+    """The rows of each question, of which each has its question's ID; they follow each other."""
+    starts = [row for row, group in enumerate(ids) if row == 0 or group != ids[row - 1]]
+    return [range(a, b) for a, b in pairwise([*starts, len(ids)])]
+
+
 class ShardFolder:
     """A finished shard folder, read row by row.
 
@@ -132,11 +138,7 @@ class ShardFolder:
         Raises:
             ValueError: a training folder, whose records are no candidates for a question.
         """
-        starts, ids = [], self.read_column(shard, "group_id")
-        for row, group in enumerate(ids):
-            if row == 0 or group != ids[row - 1]:
-                starts.append(row)
-        return [range(a, b) for a, b in pairwise([*starts, len(ids)])]
+        return question_rows(self.read_column(shard, "group_id"))
 
     def verify(self) -> None:
         """Compare every shard's SHA-256 with the manifest's; reads every byte.

@@ -26,6 +26,12 @@ FLAGS = [
 ]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Run:
     """A run in a folder; each start goes on with what the folder holds."""
 
@@ -39,10 +45,7 @@ class Run:
     @contextlib.contextmanager
     def started(self, *flags: str, num_ranks: int = 2) -> Iterator[list[subprocess.Popen]]:
         """The ranks, each in a process group of its own; gone at the end of the block."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        ranks = []
+        port, ranks = free_port(), []
         for rank in range(num_ranks):
             environment = os.environ | {
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)},

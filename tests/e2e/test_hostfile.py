@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,15 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from started_run import FLAGS, TRAIN
+from started_run import FLAGS, TRAIN, free_port
 
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "pdsh")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from started_run import free_port
 
 from dreamprm_dist.config import parse_train_config
 from dreamprm_dist.metrics import FIELDS
@@ -45,10 +46,11 @@ def table_run(tmp_path_factory, tiny_data_dir: Path, tiny_prm_dir: Path) -> Path
     """The run folder of a table run on two ranks, started from raw JSON files."""
     folder = tmp_path_factory.mktemp("runs") / "table"
     done = launch(
-        ["deepspeed", "--num_gpus", "2"],
+        ["deepspeed", "--num_gpus", "2", "--master_port", free_port()],
         *("--train_json_file", tiny_data_dir / "train.json"),
         *("--meta_json_file", tiny_data_dir / "meta.json"),
         *("--reward_model", tiny_prm_dir, "--weights_path", folder),
+        *("--meta_validation_fraction", "0.4", "--keep_best", "1"),
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "64 training records in 4 shards" in done.stdout  # the cache says what it did
@@ -60,8 +62,10 @@ def test_every_metric_is_documented_and_every_document_has_its_metric(table_run:
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     quantiles = {f"weight_{q}" for q in ("min", "max", "q05", "q25", "q50", "q75", "q95")}
     of_other_lines = {"weight_domains", "seconds_checkpoint", "checkpoint_bytes"}
+    of_other_lines |= {"meta_validation_loss"}
     assert lines[0].keys() == (FIELDS.keys() | quantiles) - of_other_lines
     assert lines[-1]["epoch"] == 3 * 8 / 64
+    assert 0 < lines[-1]["meta_validation_loss"] < 2
     for line in lines:
         assert all(isinstance(v, int | float) for v in line.values())
 

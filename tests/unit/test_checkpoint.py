@@ -33,11 +33,12 @@ class Part:
         self.value = float(state["value"])
 
 
-def save(run: Path, iteration: int, keep_last: int = 2) -> None:
+def save(run: Path, iteration: int, keep_last: int = 2, **more: float) -> None:
     engine, reweighter = Part(), Part()
     engine.value, reweighter.value = iteration, -iteration
-    state = {"iteration": iteration, "settings": {"lr": 0.1}}
-    save_checkpoint(run, state, engine, reweighter, keep_last)
+    keep_best = more.pop("keep_best", 0)
+    state = {"iteration": iteration, "settings": {"lr": 0.1}} | more
+    save_checkpoint(run, state, engine, reweighter, keep_last, keep_best)
 
 
 def names(run: Path) -> set[str]:
@@ -55,6 +56,12 @@ def test_the_newest_are_kept_and_loaded(tmp_path: Path):
     load_checkpoint(newest_checkpoint(tmp_path), engine, reweighter)
     assert (engine.value, reweighter.value) == (10, -10)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_best_stay_beside_the_newest(tmp_path: Path):
+    for iteration, loss in enumerate((0.3, 0.1, 0.2, 0.4, 0.5, float("nan")), start=1):
+        save(tmp_path, iteration, keep_best=2, meta_validation_loss=loss)
+    assert names(tmp_path) == {f"iteration-{i}" for i in (2, 3, 5, 6)}
 
 
 def test_a_save_that_was_cut_short_is_not_seen_and_cleared_away(tmp_path: Path):

@@ -13,7 +13,15 @@ LEVELS = [
     {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "grading", "model_card"},
     {"losses", "metrics", "export", "hypergradient", "reweighters"},
     {"checkpoint", "checkpoint_files", "engine", "engine_files", "resume"},
-    {"trainer", "best_of_n", "scoring", "questions", "score_parts", "evaluation_table"},
+    {
+        "trainer",
+        "whole_passes",
+        "best_of_n",
+        "scoring",
+        "questions",
+        "score_parts",
+        "evaluation_table",
+    },
     {"api", "evaluation", "report"},
     {"serving"},
 ]

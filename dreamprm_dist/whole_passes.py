@@ -1,0 +1,53 @@
+"""What is measured in one pass, without gradients, over all rows of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from dreamprm_dist import distributed
+from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.model import PRM, StepOutput
+from dreamprm_dist.reweighters.base import Reweighter
+
+
+@torch.no_grad()
+def raw_weights_now(prm: PRM, reweighter: Reweighter, batches: Iterable[Batch]) -> Tensor:
+    """Raw weights (local rows,) of this rank's rows by the present PRM.
+
+    Args:
+        batches: each of these rows once.
+    """
+    raw = torch.empty(reweighter.partition.num_rows, device=reweighter.device)
+    for batch in batches:
+        batch = batch.to(reweighter.device)
+        output = prm(batch)
+        losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+        features = reweighter.features(output, losses, batch)
+        rows = reweighter.partition.rows(batch.sample_ids)
+        raw[rows] = reweighter.raw_weights_of(batch, features)
+    return raw
+
+
+@torch.no_grad()
+def mean_loss(
+    prm: PRM,
+    batches: Iterable[Batch],
+    loss: Callable[[StepOutput, Batch], Tensor],
+    device: torch.device,
+) -> float:
+    """The mean over all ranks' rows of a loss, from what the PRM says and a batch to (B,).
+
+    Args:
+        batches: each row of this rank once.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        losses = loss(prm(batch), batch).double()
+        totals += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+    total, count = distributed.all_reduce_sum(totals).tolist()
+    return total / count
