@@ -2,6 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+GENERATE = ["openai>=2.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 
 setup(
@@ -36,9 +37,11 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.6"],
+        "generate": GENERATE,
         "serve": SERVE,
         "track": ["tensorboard", "wandb"],
         "dev": [
+            *GENERATE,
             *SERVE,
             "hypothesis",
             "pytest>=8",

@@ -1,0 +1,318 @@
+"""Candidate solutions for questions, from any server that speaks OpenAI's chat completions.
+
+    python -m data_tools.generate questions.jsonl --out candidates.jsonl --n 8 \\
+        --base_url http://localhost:8000/v1 --model NAME
+
+A key, where the server wants one, comes from the environment variable OPENAI_API_KEY and is written
+nowhere. Each candidate is one request. What has come is kept in ``<out>.partial`` at once; the same
+command again asks for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import os
+import sys
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+try:
+    from openai import (
+        APIStatusError,
+        AsyncOpenAI,
+        AuthenticationError,
+        NotFoundError,
+        OpenAIError,
+        PermissionDeniedError,
+    )
+except ModuleNotFoundError:
+    sys.exit("error: the openai client is not installed; pip install -e .[generate]")
+
+from data_tools.journal import Journal
+from data_tools.record_files import RecordWriter
+from data_tools.reencode import shard_image
+from dreamprm_dist.data.schema import RecordError, parse_test_record, read_json_records
+
+PROMPT = """\
+Solve the problem below, step by step. First write [Reasoning] and your reasoning, with a blank \
+line between its steps. Then, after a blank line, write one last line "Answer: X", where X is the \
+letter of the right option, or the final answer alone where there are no options.
+
+"""
+KEY_VARIABLE = "OPENAI_API_KEY"
+FAILURES_IN_A_ROW = 20  # after which the server is taken to be down
+# The next request would not be answered either; and this very one would never be.
+_HOPELESS_SERVER = (AuthenticationError, PermissionDeniedError, NotFoundError)
+_HOPELESS_REQUEST = (400, 413, 422)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How candidates are drawn; the same for all of a file."""
+
+    model: str
+    temperature: float
+    max_tokens: int
+
+
+class Wanted(NamedTuple):
+    """Sample number ``sample`` of the question at a line of its file."""
+
+    line: int
+    id: str
+    sample: int
+    question: str
+    images: tuple[str, ...]
+
+
+def read_wanted(questions: Path, n: int) -> tuple[list[Wanted], list[tuple]]:
+    """The candidates to ask for, n a question, and (line, record, reason) of what is no question.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    wanted: list[Wanted] = []
+    rejected: list[tuple] = []
+    seen: set[str] = set()
+    for line, raw in read_json_records(questions):
+        try:
+            if isinstance(raw, RecordError):
+                raise raw
+            record = parse_test_record({"candidates": [""], "true_false": [False], **raw})
+            if not record.id or record.id in seen:
+                raise RecordError("every question needs an 'id' of its own.")
+        except RecordError as error:
+            rejected.append((line, raw, str(error)))
+            continue
+        seen.add(record.id)
+        images = tuple(record.images)
+        wanted += [Wanted(line, record.id, i, record.question, images) for i in range(n)]
+    return wanted, rejected
+
+
+class Asking:
+    """The requests of one run, some of them at a time.
+
+    Attributes:
+        rejected: candidates that this server will never give, with the reason.
+        failed: candidates that did not come, however often they were asked for.
+    """
+
+    def __init__(
+        self, client: AsyncOpenAI, sampling: Sampling, image_root: Path, journal: Journal
+    ) -> None:
+        self.client, self.sampling, self.journal = client, sampling, journal
+        self.image_root = image_root
+        self.rejected: list[tuple[Wanted, str]] = []
+        self.failed: list[tuple[Wanted, str]] = []
+        self._failures_in_a_row = 0
+
+    async def ask_all(self, wanted: list[Wanted], concurrency: int) -> None:
+        """Ask for what the journal lacks.
+
+        Raises:
+            ValueError: the server is down, or refuses whatever it is asked.
+        """
+        missing = [want for want in wanted if (want.id, want.sample) not in self.journal.rows]
+        todo = iter(missing)
+        done = len(wanted) - len(missing)
+        bar = tqdm(total=len(wanted), initial=done, unit="candidate", disable=None)
+
+        async def work() -> None:
+            for want in todo:
+                await self._ask(want)
+                bar.update()
+
+        with bar:
+            async with self.client:
+                await asyncio.gather(*(work() for _ in range(concurrency)))
+
+    async def _ask(self, want: Wanted) -> None:
+        try:
+            answer = await self._answer(want)
+        except RecordError as error:
+            self.rejected.append((want, str(error)))
+        except _HOPELESS_SERVER as error:
+            raise ValueError(
+                f"the server refuses ({_shown(error)}); check --model, --base_url and "
+                f"{KEY_VARIABLE}. What has come is kept: run again."
+            ) from None
+        except (OpenAIError, ValueError) as error:
+            status = error.status_code if isinstance(error, APIStatusError) else None
+            if status in _HOPELESS_REQUEST:
+                self.rejected.append((want, _shown(error)))
+                return
+            self.failed.append((want, _shown(error)))
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row == FAILURES_IN_A_ROW:
+                raise ValueError(
+                    f"{FAILURES_IN_A_ROW} requests in a row have failed, the last one: "
+                    f"{_shown(error)}. What has come is kept: run again when the server is up."
+                ) from None
+        else:
+            self._failures_in_a_row = 0
+            self.journal.add(
+                {"id": want.id, "sample": want.sample, **answer, **asdict(self.sampling)}
+            )
+
+    async def _answer(self, want: Wanted) -> dict:
+        parts = [
+            {"type": "image_url", "image_url": {"url": _data_url(self.image_root / path, path)}}
+            for path in want.images
+        ]
+        text = {"type": "text", "text": PROMPT + want.question}
+        response = await self.client.chat.completions.create(
+            messages=[{"role": "user", "content": [*parts, text]}], **asdict(self.sampling)
+        )
+        # A server that only looks like one may answer anything.
+        choices = getattr(response, "choices", None)
+        content = choices[0].message.content if choices and choices[0].message else None
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError("the answer has no text")
+        usage = response.usage
+        return {
+            "response": content,
+            "finish_reason": choices[0].finish_reason,
+            "prompt_tokens": usage.prompt_tokens if usage else 0,
+            "completion_tokens": usage.completion_tokens if usage else 0,
+        }
+
+
+@lru_cache(maxsize=32)  # all samples of a question send its images
+def _data_url(path: Path, shown: str) -> str:
+    data, _ = shard_image(path, shown)
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _shown(error: Exception) -> str:
+    """An error in one line, without the key that a server may have sent back."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    key = os.environ.get(KEY_VARIABLE)
+    return (text.replace(key, "***") if key else text)[:300]
+
+
+def generate_file(
+    questions: Path,
+    out: Path,
+    sampling: Sampling,
+    n: int,
+    base_url: str,
+    concurrency: int = 16,
+    retries: int = 6,
+    timeout: float = 600.0,
+    image_root: Path | None = None,
+    allow_missing: bool = False,
+    overwrite: bool = False,
+) -> RecordWriter:
+    """Write n candidates of each question: ``{"id", "response", "sample", …}``, in order.
+
+    Questions that cannot be asked and candidates that the server refuses are listed in
+    ``<out>.rejected.jsonl``, and with ``allow_missing`` those that did not come.
+
+    Args:
+        retries: of a request, with growing pauses, after 429, 5xx, a broken connection or silence.
+        timeout: seconds of silence after which a request is given up.
+        image_root: where image paths start, by default the questions' own folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: ``out`` is taken, the server cannot be used, or candidates did not come; what
+            has come is kept.
+    """
+    for name, value in {"--n": n, "--concurrency": concurrency}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, not {value}.")
+    root = questions.parent if image_root is None else image_root
+    writer = RecordWriter(out, overwrite)
+    wanted, no_questions = read_wanted(questions, n)
+    keys = {(want.id, want.sample) for want in wanted}
+    with Journal(out.with_name(f"{out.name}.partial"), keys, asdict(sampling)) as journal:
+        client = AsyncOpenAI(
+            base_url=base_url,
+            api_key=os.environ.get(KEY_VARIABLE) or "none",  # a server of one's own wants none
+            timeout=timeout,
+            max_retries=retries,
+        )
+        asking = Asking(client, sampling, root, journal)
+        asyncio.run(asking.ask_all(wanted, concurrency))
+        if asking.failed and not allow_missing:
+            raise ValueError(
+                f"{len(asking.failed)} of {len(wanted)} candidates did not come, the first "
+                f"because: {asking.failed[0][1]}. The others are kept: run again, or with "
+                "--allow_missing."
+            )
+        with writer:
+            for line, record, reason in no_questions:
+                writer.reject(questions, line, record, reason)
+            for want in wanted:
+                if (want.id, want.sample) in journal.rows:
+                    writer.write(journal.rows[want.id, want.sample])
+            for want, reason in sorted(asking.rejected + asking.failed):
+                reason = f"candidate {want.sample}: {reason}"
+                writer.reject(questions, want.line, {"id": want.id}, reason)
+        journal.path.unlink()
+    return writer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.generate",
+        description="Ask a server that speaks OpenAI's chat completions for candidate solutions. "
+        f"Its key comes from {KEY_VARIABLE}. The same command again goes on where it was.",
+    )
+    add = parser.add_argument
+    add("questions", type=Path, help="what `data_tools.convert mmmu` wrote")
+    add("--out", type=Path, required=True, help="the .jsonl file to write")
+    add("--base_url", required=True, help="of the server, such as http://localhost:8000/v1")
+    add("--model", required=True, help="its name for the model")
+    add("--n", type=int, default=8, help="candidates a question (default: 8)")
+    add("--temperature", type=float, default=0.7, help="(default: 0.7)")
+    add("--max_tokens", type=int, default=2048, help="of a candidate (default: 2048)")
+    add("--concurrency", type=int, default=16, help="requests at a time (default: 16)")
+    add("--retries", type=int, default=6, help="of a request that failed (default: 6)")
+    add("--timeout", type=float, default=600.0, help="seconds of silence (default: 600)")
+    add("--image_root", type=Path, help="where image paths start (default: the file's folder)")
+    add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens each")
+    add("--allow_missing", action="store_true", help="write out although candidates did not come")
+    add("--overwrite", action="store_true", help="replace what is there")
+    args = parser.parse_args(argv)
+    try:
+        writer = generate_file(
+            args.questions,
+            args.out,
+            Sampling(args.model, args.temperature, args.max_tokens),
+            args.n,
+            args.base_url,
+            args.concurrency,
+            args.retries,
+            args.timeout,
+            args.image_root,
+            args.allow_missing,
+            args.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    tokens = [0, 0]
+    for _, row in read_json_records(args.out):
+        tokens[0] += row["prompt_tokens"]
+        tokens[1] += row["completion_tokens"]
+    cost = ""
+    if args.prices:
+        cost = f", cost {sum(t * p for t, p in zip(tokens, args.prices, strict=True)) / 1e6:.2f}"
+    print(
+        f"{args.out}: {writer.num_written} candidates, {tokens[0]:,} + {tokens[1]:,} tokens{cost}, "
+        f"{writer.num_rejected} rejected"
+        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
+    )
+
+
+if __name__ == "__main__":
+    main()
