@@ -25,10 +25,12 @@ def image_tiles(data: bytes, max_tiles: int, tile_size: int = 448) -> torch.Tens
     image = Image.open(io.BytesIO(data)).convert("RGB")
     columns, rows = tile_grid(*image.size, max_tiles, tile_size)
     canvas = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
-    grid = np.asarray(canvas).reshape(rows, tile_size, columns, tile_size, 3)
-    tiles = grid.transpose(0, 2, 1, 3, 4).reshape(-1, tile_size, tile_size, 3)
-    if columns * rows > 1:
+    count = columns * rows
+    tiles = torch.empty(count + (count > 1), 3, tile_size, tile_size)
+    grid = torch.from_numpy(np.array(canvas)).view(rows, tile_size, columns, tile_size, 3)
+    tiles[:count].view(rows, columns, 3, tile_size, tile_size).copy_(grid.permute(0, 2, 4, 1, 3))
+    if count > 1:
         thumbnail = image.resize((tile_size, tile_size), Image.Resampling.BICUBIC)
-        tiles = np.concatenate([tiles, np.asarray(thumbnail)[None]])
-    scaled = (tiles.astype(np.float32) / 255 - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
+        tiles[count].copy_(torch.from_numpy(np.array(thumbnail)).permute(2, 0, 1))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return tiles.div_(255).sub_(mean).div_(std)

@@ -117,6 +117,25 @@ def test_tiles_are_cut_row_by_row_and_end_with_the_thumbnail():
     assert centres.tolist() == grey.reshape(-1).tolist()
 
 
+@pytest.mark.parametrize("size", [(32, 32), (96, 64), (64, 96), (20, 100)])
+def test_tiles_are_normalised_cuts_of_the_resized_image_to_the_bit(size):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    columns, rows = tile_grid(*size, 6, 32)
+    image = Image.open(file)
+    whole = np.array(image.resize((columns * 32, rows * 32), Image.Resampling.BICUBIC))
+    cuts = [np.split(row, columns, axis=1) for row in np.split(whole, rows)]
+    expected = [tile for row in cuts for tile in row]
+    if len(expected) > 1:
+        expected.append(np.array(image.resize((32, 32), Image.Resampling.BICUBIC)))
+    values = np.stack(expected).astype(np.float32) / np.float32(255)
+    values = (values - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+    tiles = image_tiles(file.getvalue(), 6, 32)
+    assert tiles.is_contiguous()
+    assert np.array_equal(tiles.numpy(), values.transpose(0, 3, 1, 2))
+
+
 @settings(deadline=None)
 @given(width=st.integers(1, 9000), height=st.integers(1, 9000), max_tiles=st.integers(1, 12))
 def test_a_usable_size_has_the_same_grids_and_is_never_enlarged(width, height, max_tiles):
