@@ -131,7 +131,12 @@ class Asking:
 
         with bar:
             async with self.client:
-                await asyncio.gather(*(work() for _ in range(concurrency)))
+                tasks = [asyncio.create_task(work()) for _ in range(concurrency)]
+                try:
+                    await asyncio.gather(*tasks)
+                finally:
+                    for task in tasks:
+                        task.cancel()
 
     async def _ask(self, want: Wanted) -> None:
         try:
@@ -170,18 +175,19 @@ class Asking:
         response = await self.client.chat.completions.create(
             messages=[{"role": "user", "content": [*parts, text]}], **asdict(self.sampling)
         )
-        # A server that only looks like one may answer anything.
-        choices = getattr(response, "choices", None)
-        content = choices[0].message.content if choices and choices[0].message else None
-        if not isinstance(content, str) or not content.strip():
+        try:  # the client does not check what a server answers
+            choice, usage = response.choices[0], response.usage
+            answer = {
+                "response": choice.message.content,
+                "finish_reason": choice.finish_reason,
+                "prompt_tokens": int(usage.prompt_tokens) if usage else 0,
+                "completion_tokens": int(usage.completion_tokens) if usage else 0,
+            }
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError("the answer is no chat completion") from error
+        if not isinstance(answer["response"], str) or not answer["response"].strip():
             raise ValueError("the answer has no text")
-        usage = response.usage
-        return {
-            "response": content,
-            "finish_reason": choices[0].finish_reason,
-            "prompt_tokens": usage.prompt_tokens if usage else 0,
-            "completion_tokens": usage.completion_tokens if usage else 0,
-        }
+        return answer
 
 
 @lru_cache(maxsize=32)  # all samples of a question send its images

@@ -75,7 +75,7 @@ def grade(solution: str, answer: str, options: Sequence[str] = ()) -> bool | Non
 
 def parse_choice(solution: str, options: Sequence[str]) -> str | None:
     """The letter that a solution chooses, or None: unparsed."""
-    letters = LETTERS[: len(options)]
+    letters, options = LETTERS[: len(options)], options[: len(LETTERS)]
     line = answer_line(solution)
     if line is not None:
         return _choice_of_line(line, letters, options)

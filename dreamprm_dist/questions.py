@@ -12,6 +12,7 @@ from dreamprm_dist.data.schema import (
     parse_test_record,
     read_json_records,
 )
+from dreamprm_dist.grading import parse_choice
 from dreamprm_dist.solutions import extract_answer, split_steps, steps_conversation
 
 
@@ -21,7 +22,7 @@ class Question:
 
     Attributes:
         line: where it stands in its file: the line, or the index in a list, counted from 1.
-        answers: the extracted answers, None where there is none.
+        answers: the extracted answers, of multiple choice the letters; None where there is none.
         step_labels: for each candidate the label of each step, None where steps have no labels.
     """
 
@@ -67,7 +68,10 @@ def _test_question(line: int, raw: dict) -> Question:
         record.subject,
         record.images,
         conversations,
-        [extract_answer(solution) for solution in record.candidates],
+        [
+            parse_choice(solution, record.options) if record.options else extract_answer(solution)
+            for solution in record.candidates
+        ],
         record.true_false,
         record.step_labels,
     )

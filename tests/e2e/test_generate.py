@@ -65,6 +65,10 @@ class Server:
                     )
                     headers = {"Retry-After": "0"} if what == 429 else {}
                     return self.answer(what, text, headers)
+                if isinstance(what, dict):
+                    return self.answer(200, json.dumps(what), {})
+                if what == "broken":
+                    return self.answer(200, '{"choices": [', {})
                 if what == "page":
                     return self.answer(200, "<html>", {}, "text/html")
                 content = "" if what == "empty" else f"Thought {number}.\n\nAnswer: B"
@@ -209,7 +213,17 @@ def test_what_fails_for_a_while_is_asked_again(server, command, tmp_path, failur
     assert len(server.requests) > 18
 
 
-@pytest.mark.parametrize("failure", [500, "hang", "cut", "page", "empty"])
+ODD = [
+    {},
+    {"choices": []},
+    {"choices": "abc"},
+    {"choices": [None]},
+    {"choices": [{"message": {"content": ["a", 1]}}]},
+    {"choices": [{"message": {"content": "a"}}], "usage": "many"},
+]
+
+
+@pytest.mark.parametrize("failure", [500, "hang", "cut", "page", "broken", "empty", *ODD])
 def test_what_keeps_failing_is_told_and_asked_for_by_the_next_run(
     server, command, tmp_path, failure
 ):

@@ -1,5 +1,6 @@
 """The comparison of PRMs against brute force, scikit-learn and closed forms."""
 
+import json
 from itertools import combinations
 
 import numpy as np
@@ -195,6 +196,18 @@ def test_step_labels_and_meta_groups(tmp_path) -> None:
     file.write_text(meta % records[0] + "{}\n")
     with pytest.raises(ValueError, match="record 2"):
         read_meta_questions(str(file))
+
+
+def test_answers_of_multiple_choice_are_letters(tmp_path) -> None:
+    candidates = ["Answer: B", "Answer: (B) a whale", "Answer: a whale", "Answer: (A) or (B)"]
+    record = {"question": "Q", "candidates": candidates, "true_false": [True] * 4}
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(record | {"options": ["a fox", "a whale"]}) + "\n")
+    (question,) = read_test_questions(str(file))
+    assert question.answers == ["B", "B", "B", None]
+    file.write_text(json.dumps(record) + "\n")
+    (question,) = read_test_questions(str(file))
+    assert question.answers == ["B", "(B) a whale", "a whale", "(A) or (B)"]
 
 
 def test_renaming_images_changes_nothing() -> None:
