@@ -56,7 +56,7 @@ class Server:
                 question = re.search(r"Question (\d+)", body["messages"][0]["content"][-1]["text"])
                 what = outer.misbehave(body, number)
                 if what == "hang":
-                    time.sleep(2)
+                    time.sleep(8)
                     self.close_connection = True
                     return
                 if isinstance(what, int):
@@ -147,7 +147,7 @@ def questions(tmp_path):
 def command(server, questions, tmp_path):
     out = tmp_path / "out" / "candidates.jsonl"
     fixed = [str(questions), "--base_url", server.url, "--model", "m", "--out", str(out)]
-    return [*fixed, "--n", "3", "--concurrency", "4", "--timeout", "0.5"]
+    return [*fixed, "--n", "3", "--concurrency", "4", "--timeout", "3"]
 
 
 def lines(path):
