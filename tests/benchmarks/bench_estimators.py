@@ -178,7 +178,12 @@ def main() -> None:
             model = save(*make_model(divisor, image_size=112), Path(folder) / size)
             for precision in ("bf16", "fp32"):
                 errors.setdefault(size, {})[precision] = estimator_errors(data, model, precision)
-        cosines = unrolled_cosines(data, Path(folder) / "small")
+        # Second derivatives of the whole step take the smallest model there is.
+        tiny = Path(folder) / "tiny"
+        make_data(tiny / "data", 32, 32, (56, 56))
+        cosines = unrolled_cosines(
+            tiny / "data", save(*make_model(16, image_size=56), tiny / "model")
+        )
     write_results(
         arguments.out,
         {
