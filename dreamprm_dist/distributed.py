@@ -56,13 +56,14 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
-        _roll_call = dist.new_group(backend="gloo", timeout=timeout)
+        if not use_cuda:  # NCCL's own watchdog ends a rank that has waited too long
+            _roll_call = dist.new_group(backend="gloo", timeout=timeout)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
 @contextlib.contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Within the block a collective that another rank did not come to fails with that rank's name.
+    """Within the block a collective of gloo that a rank did not come to fails with its name.
 
     Raises:
         RankLostError: in place of the collective's own error.
@@ -70,7 +71,7 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if _roll_call is None or "gloo" not in str(error):
             raise
         timeout = dist.distributed_c10d.default_pg_timeout
         if "imed out" in str(error):  # then the others are here soon; else after their own timeout
