@@ -234,10 +234,10 @@ def _write_shard(job: Job, block_starts: Sequence[int], shard: Shard, path: Path
 
 def _stored_row(job: Job, block_starts: Sequence[int], sample_id: int) -> pa.Table:
     index = bisect_right(block_starts, sample_id) - 1
-    return _open_block(job.block_file(index)).slice(sample_id - block_starts[index], 1)
+    return _open_block(job, index).slice(sample_id - block_starts[index], 1)
 
 
 @lru_cache(maxsize=4)
-def _open_block(path: Path) -> pa.Table:
+def _open_block(job: Job, index: int) -> pa.Table:
     """A block's rows, of which memory holds only those that are looked at."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.memory_map(str(job.block_file(index)))).read_all()

@@ -350,8 +350,12 @@ def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{what} must be text, not {_shown(value)}.")
     # JSON can spell half of a surrogate pair; such text can be neither stored nor tokenized.
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise RecordError(f"{what} holds half a surrogate pair; write it as valid Unicode.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{what} holds half a surrogate pair; write it as valid Unicode."
+        ) from error
     return value
 
 
