@@ -16,6 +16,7 @@ import random
 import runpy
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -127,7 +128,7 @@ def kill_somewhere(run: ForkedRun, chance: random.Random, seconds_of_save: float
             else:
                 run.wait_for(lambda: run.newest >= before + saves * SAVE_EVERY, ranks)
                 run.wait_for(lambda: run.half_written() - leftover, ranks)
-            time.sleep(chance.uniform(0, seconds_of_save))
+            time.sleep(chance.uniform(0, seconds_of_save / 2))
         for rank in victims:
             ranks[rank].kill()
         codes = [process.wait(timeout=120) for process in ranks]  # the other one notices
@@ -140,7 +141,11 @@ def kill_somewhere(run: ForkedRun, chance: random.Random, seconds_of_save: float
 def killed(run: ForkedRun, whole: ForkedRun) -> dict:
     chance = random.Random(SEED)
     lines = (whole.run_folder / "metrics.jsonl").read_text().splitlines()
-    seconds = max(json.loads(line).get("seconds_checkpoint", 0) for line in lines)
+    seconds = statistics.median(
+        line["seconds_checkpoint"]
+        for line in map(json.loads, lines)
+        if "seconds_checkpoint" in line
+    )
     inside = sum(kill_somewhere(run, chance, seconds) for _ in range(KILLS))
     run.finish(*FLAGS)
     differing = differing_files(run.run_folder / "export", whole.run_folder / "export")
