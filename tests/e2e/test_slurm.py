@@ -24,8 +24,8 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A requeued job waits for its credentials to expire.
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+# A requeued job waits for its credentials to expire; 5 seconds are the fewest that Slurm takes.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -35,6 +35,8 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/linear
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 MpiDefault=none
 NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}]
 PartitionName=all Nodes=ALL Default=YES State=UP
@@ -152,12 +154,19 @@ def test_data_are_sharded_and_a_model_evaluated(
     slurm, tmp_path: Path, tiny_data_dir: Path, tiny_prm_dir: Path
 ):
     out, evaluation = tmp_path / "shards", tmp_path / "evaluation"
-    batch = ("sbatch", "--wait", "--cpus-per-task=1", f"--output={tmp_path}/out")
+
+    def batch(*arguments: str, **variables: Path | str) -> None:
+        """Run a batch script to its end; `sbatch --wait` looks for that every half minute only."""
+        options = ("--parsable", "--cpus-per-task=1", f"--output={tmp_path}/out")
+        job = slurm("sbatch", *options, *arguments, **variables).strip()
+        wait_until(lambda: not slurm("squeue", "-h", "-j", job), "the job did not end")
+        assert "JobState=COMPLETED" in slurm("scontrol", "show", "job", job)
+
     data = {"TRAIN": tiny_data_dir / "train.json", "META": tiny_data_dir / "meta.json"}
-    slurm(*batch, "launch/slurm/shard_data.sbatch", **data, OUT=out, NUM_SHARDS="4")
+    batch("launch/slurm/shard_data.sbatch", **data, OUT=out, NUM_SHARDS="4")
     assert sum(pq.read_metadata(file).num_rows for file in out.glob("train/*.parquet")) == 64
-    slurm(
-        *(*batch, "--gpus-per-node=0", "launch/slurm/evaluate.sbatch"),
+    batch(
+        *("--gpus-per-node=0", "launch/slurm/evaluate.sbatch"),
         *("--model", f"tiny={tiny_prm_dir}", "--device", "cpu", "--precision", "fp32"),
         **{"TEST": tiny_data_dir / "test.json", "OUT": evaluation, "PROCESSES": "2"},
     )
