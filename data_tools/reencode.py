@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreamprm_dist.data.images import read_image
-from dreamprm_dist.prm.tile_grid import usable_size
+from dreamprm_dist.prm.grid import usable_size
 
 MAX_TILES = 12  # the most that evaluation uses by default; training uses 6
 KEPT_BYTES = 1 << 20

@@ -17,7 +17,7 @@ from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.preemption import leave_signals_to_the_rank
 from dreamprm_dist.prm.chat import encode_conversation
-from dreamprm_dist.prm.tile_grid import num_tiles
+from dreamprm_dist.prm.grid import num_tiles
 
 
 @dataclass

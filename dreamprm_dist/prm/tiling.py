@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreamprm_dist.prm.tile_grid import tile_grid
+from dreamprm_dist.prm.grid import tile_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

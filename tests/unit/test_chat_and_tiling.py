@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT, encode_conversation
-from dreamprm_dist.prm.tile_grid import num_tiles, tile_grid, usable_size
+from dreamprm_dist.prm import encode_conversation, tile_grid
+from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT
+from dreamprm_dist.prm.grid import num_tiles, usable_size
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
 
 

@@ -15,7 +15,7 @@ from data_tools.demo_data import KINDS, SOLUTIONS_PER_QUESTION, TILE_SIZE, make_
 from data_tools.demo_model import Pretraining, build_tiny_model, data_texts
 from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, parse_training_record
 from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
-from dreamprm_dist.prm.tile_grid import num_tiles
+from dreamprm_dist.prm.grid import num_tiles
 from dreamprm_dist.prm.tiling import image_tiles
 from dreamprm_dist.solutions import (
     SYSTEM_PROMPT,
