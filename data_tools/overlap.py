@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import re
 import sys
 import unicodedata
@@ -24,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
-from dreamprm_dist.data.images import IMAGE_FORMATS, read_image
+from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
     RecordError,
     parse_test_record,
@@ -60,19 +59,18 @@ def normalised_question(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", text.strip().removeprefix("question:")))
 
 
-def perceptual_hash(data: bytes) -> np.ndarray | None:
+def perceptual_hash(image: Image.Image) -> np.ndarray | None:
     """The signs of an image's lowest frequencies, (32,) uint8; None for a flat image.
 
     pHash (Zauner, 2010) with 16 x 16 coefficients of the cosine transform of the 64 x 64 grey
     image, each against their median: re-encoding and resizing change few of the 256 bits.
     """
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        if image.has_transparency_data:  # over white, as on a page
-            rgba = image.convert("RGBA")
-            image = Image.new("RGBA", rgba.size, "white")
-            image.alpha_composite(rgba)
-        side = 4 * HASH_SIDE
-        small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
+    if image.has_transparency_data:  # over white, as on a page
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+    side = 4 * HASH_SIDE
+    small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     pixels = np.asarray(small, dtype=np.float64)
     if pixels.std() < _FLAT:
         return None
@@ -84,8 +82,8 @@ def perceptual_hash(data: bytes) -> np.ndarray | None:
 
 @lru_cache(maxsize=4096)  # solutions of one question share an image, and decoding it is the cost
 def _fingerprint(path: str, shown: str) -> Fingerprint:
-    data, _ = read_image(path, shown)
-    return Fingerprint(hashlib.sha256(data).digest(), perceptual_hash(data))
+    data, image = read_image(path, shown)
+    return Fingerprint(hashlib.sha256(data).digest(), perceptual_hash(image))
 
 
 class Protected:

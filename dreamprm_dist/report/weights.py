@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import RecordError
@@ -107,10 +106,9 @@ def _short(text: str) -> str:
 
 def _thumbnail(data: bytes) -> str:
     try:
-        decode_image(data)
+        image = decode_image(data).convert("RGB")
     except RecordError:
         return "<p>(image cannot be shown)</p>"
-    image = Image.open(io.BytesIO(data)).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from data_tools.overlap import MAX_DISTANCE, main, normalised_question, perceptual_hash
 from data_tools.shard import shard_file
+from dreamprm_dist.data.images import decode_image
 
 
 def drawing(seed, size=(240, 180)):
@@ -27,7 +28,8 @@ def encoded(image, format="PNG", **options):
 
 
 def distance(one, other):
-    return int(np.unpackbits(perceptual_hash(one) ^ perceptual_hash(other)).sum())
+    one, other = (perceptual_hash(decode_image(data)) for data in (one, other))
+    return int(np.unpackbits(one ^ other).sum())
 
 
 def training(id, question, image=None):
