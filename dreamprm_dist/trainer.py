@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -231,7 +231,7 @@ class BilevelTrainer:
         """The meta loss of the questions that are held out of the meta set, if any are."""
         if self.validation_batches is None:
             return {}
-        batches = self._every_row(self.validation_batches)
+        batches = self._every_row(self.validation_batches, "validation")
         loss = mean_loss(self.engine.module, batches, self._meta_losses, self.device)
         return {"meta_validation_loss": loss}
 
@@ -341,8 +341,9 @@ class BilevelTrainer:
     def _stream(self, batches: RankBatches, end: int, first: int = 0) -> Iterator[list[Batch]]:
         return batches.stream(first, end - first, self.config.data.num_workers, self.device)
 
-    def _every_row(self, batches: RankBatches) -> Iterator[Batch]:
-        return batches.every_row(self.config.data.num_workers, self.device)
+    def _every_row(self, batches: RankBatches, description: str) -> Iterable[Batch]:
+        rows = batches.every_row(self.config.data.num_workers, self.device)
+        return tqdm(rows, description, disable=distributed.rank() != 0, leave=False)
 
     def _label(self) -> str:
         run = self.config.run
@@ -395,7 +396,7 @@ class BilevelTrainer:
         """
         reweighter = self.reweighter
         if reweighter.reads_prm:
-            batches = self._every_row(self.train_batches)
+            batches = self._every_row(self.train_batches, "weights")
             raw = raw_weights_now(self.engine.module, reweighter, batches)
         else:
             raw = reweighter.local_raw_weights()
