@@ -156,8 +156,8 @@ def build_tiny_model(
 
 def save_model(
     model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path | str
-) -> None:
-    """Write a folder that `from_pretrained` reads, without torchvision."""
+) -> Path:
+    """Write a folder that `from_pretrained` reads, without torchvision; returns its path."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     GotOcr2ImageProcessorPil(
@@ -166,6 +166,7 @@ def save_model(
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
     ).save_pretrained(out)
+    return Path(out)
 
 
 def make_tiny_model(out: Path | str, texts: Iterable[str], seed: int = 0) -> Path:
@@ -178,8 +179,7 @@ def make_tiny_model(out: Path | str, texts: Iterable[str], seed: int = 0) -> Pat
     Returns:
         `out`, as a Path.
     """
-    save_model(*build_tiny_model(texts, seed), out)
-    return Path(out)
+    return save_model(*build_tiny_model(texts, seed), out)
 
 
 def data_texts(data: Path | str) -> list[str]:

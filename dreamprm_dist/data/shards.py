@@ -133,7 +133,7 @@ class ShardFolder:
         return [json.loads(value) for value in values] if name == "conversations" else values
 
     def questions(self, shard: int) -> list[range]:
-        """The rows of each question in a shard of a meta folder; a question's rows follow another.
+        """The rows of each question in a shard of a meta folder.
 
         Raises:
             ValueError: a training folder, whose records are no candidates for a question.

@@ -14,10 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from standin import make_data, make_model, make_trainer, save, write_results
+from standin import make_data, make_model, make_trainer, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 
 NUM_RANKS = 2
@@ -87,7 +88,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        save(*make_model(divisor=8, image_size=112), folder / "model")
+        save_model(*make_model(divisor=8, image_size=112), folder / "model")
         make_data(folder, 16, 16, (112, 112), num_shards=NUM_RANKS)
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(NUM_RANKS)]
         subprocess.run([sys.executable, *launcher, __file__, "--worker", folder], check=True)

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from standin import make_data, make_model, make_trainer, save, write_results
+from standin import make_data, make_model, make_trainer, write_results
 
+from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 
 
@@ -58,7 +59,7 @@ def main() -> None:
         # A process of its own makes the model, whose memory would otherwise count.
         child = os.fork()
         if child == 0:
-            save(*make_model(divisor=1), folder / "model")
+            save_model(*make_model(divisor=1), folder / "model")
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:

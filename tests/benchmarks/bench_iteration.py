@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_trainer, save, write_results
+from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_trainer, write_results
 
+from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 
 REPEATS = 5
@@ -57,7 +58,7 @@ def main() -> None:
     ratios, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model = save(*make_model(divisor=4, image_size=224), folder / "model")
+        model = save_model(*make_model(divisor=4, image_size=224), folder / "model")
         make_data(folder, 64, 4 * SOLUTIONS_PER_QUESTION, (448, 224))  # two tiles and a thumbnail
         size = ("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE)
         trainers = {

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from data_tools.demo_data import conversation
-from data_tools.demo_model import save_model, train_tokenizer
+from data_tools.demo_model import train_tokenizer
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
 from dreamprm_dist.config import parse_train_config
@@ -121,12 +121,6 @@ def make_trainer(folder: Path, model: Path, *flags: object) -> BilevelTrainer:
     return BilevelTrainer(
         config, ShardFolder(folder / "train"), ShardFolder(folder / "meta"), device
     )
-
-
-def save(model: InternVLForConditionalGeneration, tokenizer, folder: Path) -> Path:
-    """Write a model folder; returns it."""
-    save_model(model, tokenizer, folder)
-    return folder
 
 
 def write_results(out: Path, results: dict) -> None:
