@@ -24,7 +24,6 @@ import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, as for all tests
-sys.path.append(str(Path(__file__).parent / "e2e"))
 from started_run import Run, differing_files, export_differences, metric_differences
 
 from data_tools.demo_data import make_demo_data

@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from started_run import free_port
 
 WORLD_SIZE = 4
 
@@ -22,10 +22,8 @@ WORLD_SIZE = 4
     ids=["hang", "killed", "0-hangs"],
 )
 def test_it_is_named(lost: list[int], how: signal.Signals, rank_0_says: str | None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
     worker = Path(__file__).with_name("roll_call_worker.py")
     ranks = [
         subprocess.Popen(

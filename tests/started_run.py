@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+TRAIN = Path(__file__).resolve().parents[1] / "launch" / "train.py"
 ITERATIONS = 14
 # The folder of a run is its working directory, so that the exported model cards are equal too.
 # Schedules of both kinds: one that is a function of the step and one that multiplies as it goes.
