@@ -12,11 +12,9 @@ was stopped and started again, as long as each process has the same number of th
 import hashlib
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.best_of_n import CandidateScores, aggregate_candidates, judge
+from dreamprm_dist.command import run
 from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import RecordError
@@ -34,6 +33,7 @@ from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.questions import Question, read_meta_questions, read_test_questions
 from dreamprm_dist.score_parts import Key, ScoreParts
 from dreamprm_dist.scoring import score_conversations
+from dreamprm_dist.scoring_config import ScoringConfig, prm_name
 
 # Processes finish at different times, for images have different sizes; the default of ten minutes
 # would end a long evaluation at its last barrier.
@@ -42,7 +42,7 @@ ON_META = "meta"
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ScoringConfig):
     """Everything `launch/evaluate.py` is told."""
 
     model: list[str] = field(
@@ -58,15 +58,10 @@ class EvaluateConfig:
         "mean", "Aggregation that stands for a PRM; meta: the best one on meta_json_file."
     )
     meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
-    max_patch_num: int = flag(12, "Most tiles of an image, thumbnail not counted.")
-    score_over: Literal["vocabulary", "pair"] = flag(
-        "vocabulary", "Softmax over all words, or over + and - alone as VisualPRM does."
-    )
-    precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
-    device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
     seed: int = flag(0, "Seed of the bootstrap.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.aggregation_function not in (*AGGREGATIONS, ON_META):
             raise ValueError(
                 f"unknown aggregation_function {self.aggregation_function!r}; choose from "
@@ -74,10 +69,6 @@ class EvaluateConfig:
             )
         if (self.aggregation_function == ON_META) != (self.meta_json_file is not None):
             raise ValueError("--aggregation_function meta and --meta_json_file go together")
-        if self.max_patch_num < 1:
-            raise ValueError(f"max_patch_num is {self.max_patch_num}; it must be at least 1")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,8 +114,7 @@ def labelled(specifications: list[str]) -> dict[str, str]:
     for text in specifications:
         label, equals, model = text.partition("=")
         if not equals or Path(text).exists():
-            path = Path(text)
-            label, model = path.resolve().parent.name if path.name == "export" else path.name, text
+            label, model = prm_name(text), text
         if not label or label in models or label in BASICS:
             raise ValueError(f"model {text}: the label {label!r} is taken; give it as label=folder")
         models[label] = model
@@ -303,8 +293,4 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

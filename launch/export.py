@@ -9,13 +9,13 @@ run's export or any InternVL3 checkpoint, in any of the two.
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from dreamprm_dist.command import run
 from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.export import INSTANCE_WEIGHTS, export_folder, save_model
 from dreamprm_dist.model_card import model_card
@@ -70,8 +70,4 @@ def _results(path: str | None) -> dict | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -9,9 +9,9 @@ folders give the same bytes.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from dreamprm_dist.command import run
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 
@@ -22,20 +22,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="results.json of an evaluation of the runs")
     parser.add_argument("--out", type=Path, help="page to write (default: in the first folder)")
     arguments = parser.parse_args()
-    try:
-        first = arguments.folders[0]
-        if len(arguments.folders) == 1 and (first / "summary.json").exists():
-            if arguments.out or arguments.results:
-                raise ValueError(f"{first} is a demo's folder; --out and --results are for runs")
-            path = write_demo_report(first)
-        else:
-            out = arguments.out or first / "report.html"
-            path = write_run_report(arguments.folders, out, arguments.results)
-        print(f"report: {path}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    first = arguments.folders[0]
+    if len(arguments.folders) == 1 and (first / "summary.json").exists():
+        if arguments.out or arguments.results:
+            raise ValueError(f"{first} is a demo's folder; --out and --results are for runs")
+        path = write_demo_report(first)
+    else:
+        out = arguments.out or first / "report.html"
+        path = write_run_report(arguments.folders, out, arguments.results)
+    print(f"report: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

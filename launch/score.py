@@ -9,22 +9,21 @@ index. A line that cannot be scored has `error` instead, and scoring goes on.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from dreamprm_dist import PRM
 from dreamprm_dist.aggregation import AGGREGATIONS
+from dreamprm_dist.command import run
 from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.schema import RecordError, parse_scoring_record, read_json_records
+from dreamprm_dist.scoring_config import ScoringConfig
 
 
 @dataclass
-class ScoreConfig:
+class ScoreConfig(ScoringConfig):
     """Everything `launch/score.py` is told."""
 
     model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
@@ -34,33 +33,20 @@ class ScoreConfig:
         None, "Folder that image paths start at (default: the input file's own folder)."
     )
     aggregation_function: str = flag("mean", "How step scores become a candidate's score.")
-    max_patch_num: int = flag(12, "Most tiles of an image, thumbnail not counted.")
-    score_over: Literal["vocabulary", "pair"] = flag(
-        "vocabulary", "Softmax over all words, or over + and - alone as VisualPRM does."
-    )
-    precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
-    device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.aggregation_function not in AGGREGATIONS:
             raise ValueError(
                 f"unknown aggregation_function {self.aggregation_function!r}; choose from "
                 f"{', '.join(AGGREGATIONS)}"
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
 
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ScoreConfig,), argv, "Score solutions: JSONL in, JSONL out.")
     records = read_json_records(config.input)
-    prm = PRM.from_pretrained(
-        config.model,
-        precision=config.precision,
-        device=None if config.device == "auto" else config.device,
-        max_patch_num=config.max_patch_num,
-        score_over=config.score_over,
-    )
+    prm = config.load(config.model)
     count = failed = 0
     with Path(config.output).open("w", encoding="utf-8") as output:
         for line, record in tqdm(records, desc="lines"):
@@ -90,8 +76,4 @@ def _score(prm: PRM, config: ScoreConfig, record: dict | RecordError) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dreamprm_dist"
 # A module may import from its own level and below. Levels are those of the design.
 LEVELS = [
-    {"config", "distributed", "trackers", "bad_steps"},
+    {"config", "command", "distributed", "trackers", "bad_steps"},
     {"schedules", "preemption", "prm", "data", "aggregation", "solutions", "grading", "model_card"},
     {"losses", "metrics", "export", "hypergradient", "reweighters"},
     {"checkpoint", "checkpoint_files", "engine", "engine_files", "resume"},
@@ -22,7 +22,7 @@ LEVELS = [
         "score_parts",
         "evaluation_table",
     },
-    {"api", "evaluation", "report"},
+    {"api", "scoring_config", "evaluation", "report"},
     {"serving"},
 ]
 OWNERS = {
