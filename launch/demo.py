@@ -100,9 +100,8 @@ class Demo:
         """A training run on two ranks; returns its export."""
         meta = "meta_shuffled" if name == "shuffled_meta" else "meta"
         run = self.out / name
-        self._python(
-            name,
-            *("-m", "deepspeed.launcher.runner", "--num_gpus", NUM_RANKS, LAUNCH / "train.py"),
+        self._on_ranks(
+            *(name, "train.py"),
             *("--config", RECIPES / f"{recipe}.yaml", "--seed", self.seed),
             *("--train_json_file", self.out / "shards" / train / "train"),
             *("--meta_json_file", self.out / "shards" / meta / "meta"),
@@ -113,24 +112,31 @@ class Demo:
     def _evaluate(self) -> dict:
         """Best-of-N of all PRMs on the test questions, on two processes."""
         folder = self.out / "evaluation"
-        self._python(
-            "evaluate",
-            *("-m", "torch.distributed.run", "--nproc_per_node", NUM_RANKS),
-            *(LAUNCH / "evaluate.py", "--model", *(self.out / name / "export" for name in PRMS)),
+        self._on_ranks(
+            *("evaluate", "evaluate.py"),
+            *("--model", *(self.out / name / "export" for name in PRMS)),
             *("--test_json_file", self.out / "data" / "test.json"),
             *("--output_dir", folder, "--precision", "fp32"),
         )
         return json.loads((folder / "results.json").read_text())
 
-    def _python(self, stage: str, *arguments: object) -> None:
+    def _on_ranks(self, stage: str, script: str, *arguments: object) -> None:
+        """Run a stage that is a script of `launch/` on two ranks."""
+        self._python(
+            *(stage, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", NUM_RANKS),
+            *(LAUNCH / script, *arguments),
+            # The ranks share the cores; more threads than cores would wait for each other.
+            num_threads=max(1, os.cpu_count() // NUM_RANKS),
+        )
+
+    def _python(self, stage: str, *arguments: object, num_threads: int | None = None) -> None:
         """Run a stage as a command of its own, its output in `logs/`; stop when it fails."""
         log = self.out / "logs" / f"{stage.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, *map(str, arguments)]
         print(f"{stage} ...", end=" ", flush=True)
         start = time.monotonic()
-        # The ranks of a stage share the cores; more threads than cores would wait for each other.
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // NUM_RANKS))}
+        environment = os.environ | ({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})
         with log.open("w") as output:
             output.write(" ".join(command) + "\n\n")
             output.flush()
