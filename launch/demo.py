@@ -125,18 +125,17 @@ class Demo:
         self._python(
             *(stage, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", NUM_RANKS),
             *(LAUNCH / script, *arguments),
-            # The ranks share the cores; more threads than cores would wait for each other.
-            num_threads=max(1, os.cpu_count() // NUM_RANKS),
         )
 
-    def _python(self, stage: str, *arguments: object, num_threads: int | None = None) -> None:
+    def _python(self, stage: str, *arguments: object) -> None:
         """Run a stage as a command of its own, its output in `logs/`; stop when it fails."""
         log = self.out / "logs" / f"{stage.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, *map(str, arguments)]
         print(f"{stage} ...", end=" ", flush=True)
         start = time.monotonic()
-        environment = os.environ | ({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})
+        # The ranks of a stage share the cores; more threads than cores would wait for each other.
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // NUM_RANKS))}
         with log.open("w") as output:
             output.write(" ".join(command) + "\n\n")
             output.flush()

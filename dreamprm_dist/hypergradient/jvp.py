@@ -21,8 +21,10 @@ def jvp(
 ) -> tuple[Observation, Observation]:
     """The observation and its derivative along v; see the package's docstring."""
     with torch.no_grad(), forward_ad.dual_level():
+        # A copy, for a tangent takes as much memory as its tensor's storage, and ZeRO keeps all
+        # parameters in one: each of them would be given a tangent as large as the model.
         duals = {
-            name: forward_ad.make_dual(p.detach(), v[name]) if name in v else p.detach()
+            name: forward_ad.make_dual(p.detach().clone(), v[name]) if name in v else p.detach()
             for name, p in parameters.items()
         }
         pairs = [forward_ad.unpack_dual(value) for value in function(duals)]

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,15 +92,19 @@ SAME = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> dict:
-    """What the worker computed, by variant, from one spawn for each world size."""
+    """What the worker computed, by variant, from one spawn for each world size, all at once."""
     out = tmp_path_factory.mktemp("world_sizes")
     worker = Path(__file__).with_name("bilevel_worker.py")
-    for world_size, variants in VARIANTS.items():
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
+
+    def spawn(world_size: int, variants: dict) -> subprocess.CompletedProcess:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
         arguments = [worker, out, tiny_prm_dir, tiny_shards, json.dumps(variants)]
-        command = [sys.executable, *launcher, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        command = [sys.executable, *map(str, [*launcher, *arguments])]
+        return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(spawn, *zip(*VARIANTS.items(), strict=True)):
+            assert done.returncode == 0, done.stderr[-4000:]
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reweighting import surroundings
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -18,6 +19,7 @@ from dreamprm_dist.data.collate import Batch, InputFormat
 from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import Observation, instance_losses, meta_losses
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
@@ -129,6 +131,26 @@ def test_directional_derivatives_are_the_dot_products(problem: Problem, name: st
     assert relative_error(values.losses, problem.losses(problem.parameters).detach()) < TOLERANCE
     # The instances must differ, or a permutation of them would go unnoticed.
     assert relative_error(truth.flip(0), truth) > 0.01
+
+
+def test_a_tangent_takes_the_memory_of_its_own_parameter_only():
+    """ZeRO keeps all parameters in one storage, of which each tangent would else be a copy."""
+    flat = torch.randn(6, dtype=torch.float64)
+    parameters = {"a": flat[:2], "b": flat[2:]}
+    tangents = {}
+
+    def function(values):
+        tangents.update({name: forward_ad.unpack_dual(p).tangent for name, p in values.items()})
+        losses = (values["a"] ** 2).sum() * values["b"]
+        return Observation(losses, losses)
+
+    v = {name: torch.randn_like(p) for name, p in parameters.items()}
+    _, derivative = jvp(function, parameters, v)
+    a, b = parameters["a"], parameters["b"]
+    expected = 2 * (a * v["a"]).sum() * b + (a**2).sum() * v["b"]
+    torch.testing.assert_close(derivative.losses, expected, rtol=1e-12, atol=0)
+    for name, tangent in tangents.items():
+        assert tangent.untyped_storage().nbytes() == parameters[name].numel() * 8
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
