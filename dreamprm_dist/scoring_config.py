@@ -40,5 +40,5 @@ class ScoringConfig:
 
 def prm_name(model: str) -> str:
     """What a PRM is called: a run's `export` folder as its run, anything else by its own name."""
-    path = Path(model)
+    path = Path(model).absolute()  # the name of "." is empty
     return path.resolve().parent.name if path.name == "export" else path.name
