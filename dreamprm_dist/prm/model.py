@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoTokenizer,
     InternVLConfig,
@@ -19,6 +16,7 @@ from transformers import (
 )
 
 from dreamprm_dist.prm import layout
+from dreamprm_dist.prm.attention import attention_implementation, forward_mode_attention
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 
 if TYPE_CHECKING:
@@ -101,16 +99,9 @@ class PRM(nn.Module):
         tile = torch.zeros(1, 3, self.tile_size, self.tile_size, device=self.model.device)
         return self.image_features(tile)
 
-    @contextlib.contextmanager
-    def forward_mode(self) -> Iterator[None]:
+    def forward_mode(self) -> contextlib.AbstractContextManager[None]:
         """Run a block with attention that forward-mode differentiation knows: no flash kernel."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("sdpa")
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            self.model.set_attn_implementation(before)
+        return forward_mode_attention(self.model)
 
     def freeze(self, vision_tower: bool, language_model: bool) -> None:
         """Choose what is trained; the projector between the two always is."""
@@ -148,12 +139,6 @@ class PRM(nn.Module):
         Non-reentrant: reentrant checkpointing returns wrong forward-mode tangents silently.
         """
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def attention_implementation(device: torch.device) -> str:
-    """flash_attention_2 on CUDA when the flash-attn package is there, else torch's SDPA."""
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
 
 
 def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | None = None) -> PRM:

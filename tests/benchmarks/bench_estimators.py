@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from standin import make_data, make_model, make_trainer, write_results
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
@@ -138,7 +139,7 @@ def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
     for optimizer in ("sgd", "adamw"):
         weights = ones.clone().requires_grad_()
         leaves = {n: p.requires_grad_() for n, p in parameters.items()}
-        with module.forward_mode():  # its attention knows second derivatives
+        with sdpa_kernel(SDPBackend.MATH):  # it knows second derivatives
             gradients = gradient(leaves, batch, weights, graph=True)
             if optimizer == "sgd":
                 moved = {n: p - LR * gradients[n] for n, p in leaves.items()}

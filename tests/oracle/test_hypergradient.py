@@ -4,6 +4,7 @@ transformers' RMSNorm computes in float32 whatever the model's dtype, which woul
 comparison to about 1e-7; the fixture replaces it by the same formula in the model's own dtype.
 """
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,8 @@ def estimate(
     """Values and derivatives of an estimator along v."""
     v = problem.v if v is None else v
     settings = {"radius": radius} if name == "finite_difference" else {}
-    with problem.prm.forward_mode():
+    forward_mode = ESTIMATORS[name].forward_mode
+    with problem.prm.forward_mode() if forward_mode else contextlib.nullcontext():
         return ESTIMATORS[name].function(
             lambda parameters: problem.observe(parameters, reweighter),
             problem.parameters,

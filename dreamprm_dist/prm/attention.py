@@ -1,0 +1,98 @@
+"""Which attention runs, and one that forward-mode differentiation knows."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+FORWARD_MODE = "forward_mode"
+
+
+def attention_implementation(device: torch.device) -> str:
+    """flash_attention_2 on CUDA when the flash-attn package is there, else torch's SDPA."""
+    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+@contextlib.contextmanager
+def forward_mode_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Run a block with attention that has forward-mode tangents, which no flash kernel has.
+
+    There is no backward pass through it.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(FORWARD_MODE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention with its tangent in closed form.
+
+    Torch differentiates the mathematical kernel of its SDPA too, but by a formula for softmax that
+    takes its exponentials again and passes over the scores a dozen times: a quarter of the JVP.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+        """Query (N, G, L, D), scaled; key and value (N, L, D), each for G heads of the query."""
+        scores = query.flatten(1, 2) @ key.mT
+        if causal:
+            length = key.shape[1]
+            future = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1)
+            scores.view(*query.shape[:3], length).masked_fill_(future, -torch.inf)
+        weights = torch.softmax(scores, -1)
+        output = weights @ value
+        ctx.save_for_forward(query, key, value, weights, output)
+        return output.view_as(query)
+
+    @staticmethod
+    def jvp(
+        ctx, query_t: Tensor | None, key_t: Tensor | None, value_t: Tensor | None, _: None
+    ) -> Tensor:
+        """With w = softmax(s): d(w v) = (w s') v - sum(w s') w v + w v', products elementwise."""
+        query, key, value, weights, output = ctx.saved_tensors
+        tangent = torch.zeros_like(output)
+        if query_t is not None or key_t is not None:
+            scores_t = torch.zeros_like(weights)
+            if query_t is not None:
+                scores_t.baddbmm_(query_t.flatten(1, 2), key.mT)
+            if key_t is not None:
+                scores_t.baddbmm_(query.flatten(1, 2), key_t.mT)
+            scores_t *= weights
+            tangent = scores_t @ value - scores_t.sum(-1, keepdim=True) * output
+        if value_t is not None:
+            tangent.baddbmm_(weights, value_t)
+        return tangent.view_as(query)
+
+
+def _forward_mode(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    is_causal: bool | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query (B, H, L, D), key and value (B, H / G, L, D).
+
+    There is no mask but the causal one: batches are padded on the right. bf16 is computed in
+    float32, as by SDPA's mathematical kernel.
+    """
+    batch, heads, length, width = query.shape
+    causal = module.is_causal if is_causal is None else is_causal
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scaled = (query.to(dtype) * scaling).reshape(-1, heads // key.shape[1], length, width)
+    key, value = (x.to(dtype).reshape(-1, length, width) for x in (key, value))
+    output = _Attention.apply(scaled, key, value, causal).view(batch, heads, length, width)
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+AttentionInterface.register(FORWARD_MODE, _forward_mode)
