@@ -249,6 +249,7 @@ def make_demo_data(
                 "answer": kind.answer(int(digits.target[index])),
                 "candidates": [solution.text for solution in solutions],
                 "true_false": [solution.right[-1] for solution in solutions],
+                "step_labels": [solution.labels for solution in solutions],
             }
         )
 

@@ -1,4 +1,4 @@
-"""What an evaluation has scored so far, on disk, so that it can go on after it was stopped.
+"""What has been scored so far, on disk, so that scoring can go on after it was stopped.
 
 Each process appends a line for each question to a file of its own. A new start, with any number of
 processes, first gathers the whole lines of all files: half a line, of a process that was killed
@@ -10,40 +10,44 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-
-class Key(NamedTuple):
-    """A question that a PRM scores: the PRM's label, `test` or `meta`, the question's index."""
-
-    prm: str
-    set: str
-    question: int
+from accelerate import PartialState
 
 
 class ScoreParts:
-    """The folder `parts` in an evaluation's output folder.
+    """A folder with the scores of each question by its key, a tuple of texts and numbers.
 
     Args:
         settings: all that scores depend on, JSON; parts of other settings are refused.
 
     Raises:
-        ValueError: the folder holds parts of an evaluation with other settings.
+        ValueError: the folder holds parts that were scored with other settings.
     """
 
-    def __init__(self, out: Path, settings: dict):
-        self.folder, self._settings = out / "parts", settings
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self._settings = folder, settings
         self._settings_file = self.folder / "settings.json"
         if self._settings_file.is_file():
             before = json.loads(self._settings_file.read_text(encoding="utf-8"))
             if different := [key for key in settings if settings[key] != before.get(key)]:
                 raise ValueError(
-                    f"{out} holds an unfinished evaluation with another {' and '.join(different)}; "
-                    f"choose another output_dir, or remove {self.folder} to start anew"
+                    f"{folder} holds unfinished work with another {' and '.join(different)}; "
+                    "set it back to go on, write elsewhere, or remove the folder to start anew"
                 )
 
-    def gather(self) -> None:
-        """Bring all parts into one file; by one process, before any opens its part."""
+    def start(self, state: PartialState) -> dict[tuple, dict]:
+        """Start this process's part; by all processes. Returns what is scored, as `read`."""
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self._gather()
+        state.wait_for_everyone()
+        done = self.read()
+        state.wait_for_everyone()
+        self._file = (self.folder / f"rank{state.process_index}.jsonl").open("w", encoding="utf-8")
+        return done
+
+    def _gather(self) -> None:
+        """Bring all parts into one file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._settings_file.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
         files = sorted(self.folder.glob("*.jsonl"))
@@ -55,19 +59,15 @@ class ScoreParts:
             if file != done:
                 file.unlink()
 
-    def read(self) -> dict[Key, dict]:
-        """What is scored: for each question `scores` (of each candidate's steps) or `error`."""
+    def read(self) -> dict[tuple, dict]:
+        """What is scored: key -> row."""
         lines = [
             line for file in sorted(self.folder.glob("*.jsonl")) for line in _whole_lines(file)
         ]
         rows = map(json.loads, lines)
-        return {Key(*row.pop("key")): row for row in rows}
+        return {tuple(row.pop("key")): row for row in rows}
 
-    def open(self, rank: int) -> None:
-        """Start this process's part."""
-        self._file = (self.folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
-
-    def write(self, key: Key, row: dict) -> None:
+    def write(self, key: tuple, row: dict) -> None:
         """Add a question; it is on disk when this returns."""
         # Plain ASCII: half a surrogate pair in a rejected text cannot be written as UTF-8.
         self._file.write(json.dumps({"key": key} | row) + "\n")
@@ -77,7 +77,7 @@ class ScoreParts:
         self._file.close()
 
     def remove(self) -> None:
-        """Forget everything: the evaluation is finished."""
+        """Forget everything: all is scored and written where it belongs."""
         shutil.rmtree(self.folder)
 
 

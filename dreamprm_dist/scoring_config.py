@@ -1,13 +1,21 @@
 """What the commands that score with a PRM are told about it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 
 from dreamprm_dist.api import PRM
 from dreamprm_dist.config import flag
+from dreamprm_dist.data.shards import file_sha256
+
+# Processes finish at different times, for images have different sizes; the default of ten minutes
+# would end long work at its last barrier.
+TIMEOUT = timedelta(hours=12)
 
 
 @dataclass
@@ -27,15 +35,44 @@ class ScoringConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
 
-    def load(self, model: str) -> PRM:
+    def load(self, model: str, device: torch.device | None = None) -> PRM:
         """The PRM of a local folder or a hub name; ValueError as `PRM.from_pretrained`."""
         return PRM.from_pretrained(
             model,
             precision=self.precision,
-            device=None if self.device == "auto" else self.device,
+            device=device or (None if self.device == "auto" else self.device),
             max_patch_num=self.max_patch_num,
             score_over=self.score_over,
         )
+
+    def join_processes(self) -> PartialState:
+        """This process among those that a launcher has started to score together, if one has."""
+        # Without cpu=True a process on a machine without GPU takes itself for the only one.
+        use_cpu = self.device == "cpu" or not torch.cuda.is_available()
+        return PartialState(cpu=use_cpu, timeout=TIMEOUT)
+
+    def settings(
+        self, models: Mapping[str, str], files: Mapping[str, str | None], device: torch.device
+    ) -> dict:
+        """All that scores depend on: the flags here, and what shows that models or files changed.
+
+        Args:
+            models: label -> local folder or hub name.
+            files: flag -> the file that it names.
+        """
+        return {
+            "model": {label: [model, *_weights_state(model)] for label, model in models.items()},
+            **{name: file and file_sha256(file) for name, file in files.items()},
+            "max_patch_num": self.max_patch_num,
+            "score_over": self.score_over,
+            "precision": self.precision,
+            "device": device.type,
+        }
+
+
+def _weights_state(model: str) -> list[list]:
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def prm_name(model: str) -> str:

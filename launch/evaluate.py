@@ -9,14 +9,12 @@ was stopped and started again, as long as each process has the same number of th
 (OMP_NUM_THREADS; torchrun sets it to 1): on a CPU that number changes rounding.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 import yaml
 from accelerate import PartialState
 from tqdm import tqdm
@@ -31,13 +29,10 @@ from dreamprm_dist.evaluation import BASICS, compare
 from dreamprm_dist.evaluation_table import text_table
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.questions import Question, read_meta_questions, read_test_questions
-from dreamprm_dist.score_parts import Key, ScoreParts
+from dreamprm_dist.score_parts import ScoreParts
 from dreamprm_dist.scoring import score_conversations
 from dreamprm_dist.scoring_config import ScoringConfig, prm_name
 
-# Processes finish at different times, for images have different sizes; the default of ten minutes
-# would end a long evaluation at its last barrier.
-TIMEOUT = timedelta(hours=12)
 ON_META = "meta"
 
 
@@ -71,6 +66,14 @@ class EvaluateConfig(ScoringConfig):
             raise ValueError("--aggregation_function meta and --meta_json_file go together")
 
 
+class Key(NamedTuple):
+    """A question that a PRM scores: the PRM's label, `test` or `meta`, the question's index."""
+
+    prm: str
+    set: str
+    question: int
+
+
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((EvaluateConfig,), argv, "Choose the best of N candidate solutions.")
     models = labelled(config.model)
@@ -80,17 +83,11 @@ def main(argv: list[str] | None = None) -> None:
         questions["meta"] = dict(enumerate(read_meta_questions(config.meta_json_file)))
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    # Without cpu=True a process on a machine without GPU takes itself for the only one.
-    use_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    state = PartialState(cpu=use_cpu, timeout=TIMEOUT)
-    parts = ScoreParts(out, _settings(config, models, state.device.type))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        parts.gather()
-    state.wait_for_everyone()
-    done = parts.read()
-    state.wait_for_everyone()
-    parts.open(state.process_index)
+    state = config.join_processes()
+    files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
+    settings = config.settings(models, files, state.device) | {"image_root": config.image_root}
+    parts = ScoreParts(out / "parts", settings)
+    done = parts.start(state)
     for label, model in models.items():
         keys = [Key(label, name, i) for name, group in questions.items() for i in group]
         left = [key for key in keys if key not in done]
@@ -119,30 +116,6 @@ def labelled(specifications: list[str]) -> dict[str, str]:
             raise ValueError(f"model {text}: the label {label!r} is taken; give it as label=folder")
         models[label] = model
     return models
-
-
-def _settings(config: EvaluateConfig, models: dict[str, str], device: str) -> dict:
-    """All that scores depend on; of local files also what shows that they were changed."""
-
-    def state(path: Path) -> list:
-        return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-
-    def digest(file: str | None) -> str | None:
-        return file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-    return {
-        "model": {
-            label: [model, *map(state, sorted(Path(model).glob("*.safetensors")))]
-            for label, model in models.items()
-        },
-        "test_json_file": digest(config.test_json_file),
-        "meta_json_file": digest(config.meta_json_file),
-        "image_root": config.image_root,
-        "max_patch_num": config.max_patch_num,
-        "score_over": config.score_over,
-        "precision": config.precision,
-        "device": device,
-    }
 
 
 def _score_all(
@@ -253,7 +226,7 @@ def _finish(
 
 
 def _candidates(
-    questions: dict[int, Question], scored: dict[Key, dict], label: str, name: str
+    questions: dict[int, Question], scored: dict[tuple, dict], label: str, name: str
 ) -> list[CandidateScores]:
     return [
         CandidateScores(

@@ -1,15 +1,18 @@
 """Score solutions: JSONL in, JSONL out, one line for each line.
 
     python launch/score.py --model runs/instance_table/export --input in.jsonl --output out.jsonl
+    torchrun --nproc_per_node 8 launch/score.py --model ... --input in.jsonl --output out.jsonl
 
 A line in: `{"question": …, "image_path": path | list, "steps": [text, …]}`, or with
 `"candidates": [text | [step, …], …]` in place of `steps`; other keys are ignored, but `id`. A line
 out has `line`, `id` and `step_scores`; for candidates also their `scores` and the `best` one's
-index. A line that cannot be scored has `error` instead, and scoring goes on.
+index. A line that cannot be scored has `error` instead, and scoring goes on. Started again after it
+was stopped, on any number of processes, it scores what is left.
 """
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,7 +22,8 @@ from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.command import run
 from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.schema import RecordError, parse_scoring_record, read_json_records
-from dreamprm_dist.scoring_config import ScoringConfig
+from dreamprm_dist.score_parts import ScoreParts
+from dreamprm_dist.scoring_config import ScoringConfig, prm_name
 
 
 @dataclass
@@ -46,20 +50,42 @@ class ScoreConfig(ScoringConfig):
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ScoreConfig,), argv, "Score solutions: JSONL in, JSONL out.")
     records = read_json_records(config.input)
-    prm = config.load(config.model)
-    count = failed = 0
-    with Path(config.output).open("w", encoding="utf-8") as output:
-        for line, record in tqdm(records, desc="lines"):
-            row = {"line": line, "id": record.get("id") if isinstance(record, dict) else None}
-            try:
-                row |= _score(prm, config, record)
-            except RecordError as error:
-                row["error"] = str(error)
-                failed += 1
+    state = config.join_processes()
+    name = prm_name(config.model)
+    settings = config.settings({name: config.model}, {"input": config.input}, state.device)
+    settings |= {"image_root": config.image_root}
+    settings |= {"aggregation_function": config.aggregation_function}
+    output = Path(config.output)
+    parts = ScoreParts(output.with_name(output.name + ".parts"), settings)
+    done = parts.start(state)
+    prm = config.load(config.model, state.device)
+    left = (each for each in records if each[:1] not in done)
+    mine = islice(left, state.process_index, None, state.num_processes)
+    for line, record in tqdm(mine, desc=name, unit="line", disable=not state.is_main_process):
+        try:
+            parts.write((line,), _score(prm, config, record))
+        except RecordError as error:
+            parts.write((line,), {"error": str(error)})
+    parts.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(config, output, parts)
+    state.destroy_process_group()
+
+
+def _finish(config: ScoreConfig, output: Path, parts: ScoreParts) -> None:
+    """Put together what the processes wrote, in the order of the lines."""
+    scored = parts.read()
+    unfinished = output.with_name(output.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for line, record in read_json_records(config.input):
+            source_id = record.get("id") if isinstance(record, dict) else None
             # Plain ASCII: half a surrogate pair in a record's id cannot be written as UTF-8.
-            output.write(json.dumps(row) + "\n")
-            count += 1
-    print(f"{count} lines, {failed} of them not scored; {config.output}")
+            file.write(json.dumps({"line": line, "id": source_id} | scored[(line,)]) + "\n")
+    unfinished.replace(output)
+    parts.remove()
+    failed = sum("error" in row for row in scored.values())
+    print(f"{len(scored)} lines, {failed} of them not scored; {output}")
 
 
 def _score(prm: PRM, config: ScoreConfig, record: dict | RecordError) -> dict:

@@ -43,7 +43,7 @@ def lines(path: Path) -> list[dict]:
 def test_file(tiny_data_dir: Path) -> Path:
     """The demo's questions, and four that cannot be taken."""
     questions = json.loads((tiny_data_dir / "test.json").read_text(encoding="utf-8"))
-    good = questions[0]
+    good = {key: value for key, value in questions[0].items() if key != "step_labels"}
     bad = [
         good | {"id": "no-candidates", "candidates": []},
         good | {"id": "no-image", "image_path": "images/none.png"},

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,15 @@ def test_an_open_image_that_is_truncated(prm: PRM, image: Path) -> None:
         prm.score(half, "What?", ["A"])
 
 
-def score(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "launch" / "score.py", *flags]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+def command(*flags: object, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    script = [*(launcher if processes > 1 else []), ROOT / "launch" / "score.py"]
+    return [sys.executable, *map(str, [*script, *flags])]
+
+
+def score(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+    line = command(*flags, processes=processes)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
 def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path: Path) -> None:
@@ -145,3 +152,29 @@ def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path:
 
     done = score(*flags, "--input", tmp_path / "none.jsonl", "--output", out)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_it_goes_on_after_a_kill_on_other_processes(
+    tiny_prm_dir: Path, image: Path, tmp_path: Path
+) -> None:
+    questions = [
+        {"question": f"What {i}?", "image_path": image.name, "candidates": ["A\n\nB", "C"]}
+        for i in range(40)
+    ]
+    file, whole, out = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "out.jsonl"))
+    file.write_text("\n".join(["no json", *map(json.dumps, questions)]))
+    flags = ("--model", tiny_prm_dir, "--precision", "fp32", "--device", "cpu", "--input", file)
+    flags += ("--image_root", image.parent, "--output")
+    assert score(*flags, whole).returncode == 0
+    part = tmp_path / "out.jsonl.parts" / "rank0.jsonl"
+    with subprocess.Popen(command(*flags, out), stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and (not part.exists() or part.read_text().count("\n") < 3):
+            time.sleep(0.002)
+        run.kill()
+    assert 3 <= part.read_text().count("\n") < 41 and not out.exists()
+    other = score(*flags, out, "--aggregation_function", "min")
+    assert other.returncode == 2 and "with another aggregation_function" in other.stderr
+    done = score(*flags, out, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, whole.name, out.name}
