@@ -57,18 +57,21 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         """With w = softmax(s): d(w v) = (w s') v - sum(w s') w v + w v', products elementwise."""
         query, key, value, weights, output = ctx.saved_tensors
-        tangent = torch.zeros_like(output)
-        if query_t is not None or key_t is not None:
-            scores_t = torch.zeros_like(weights)
-            if query_t is not None:
-                scores_t.baddbmm_(query_t.flatten(1, 2), key.mT)
-            if key_t is not None:
-                scores_t.baddbmm_(query.flatten(1, 2), key_t.mT)
+        scores_t = tangent = None
+        if query_t is not None:
+            scores_t = query_t.flatten(1, 2) @ key.mT
+        if key_t is not None:
+            scores_t = _plus_product(scores_t, query.flatten(1, 2), key_t.mT)
+        if scores_t is not None:
             scores_t *= weights
             tangent = scores_t @ value - scores_t.sum(-1, keepdim=True) * output
         if value_t is not None:
-            tangent.baddbmm_(weights, value_t)
+            tangent = _plus_product(tangent, weights, value_t)
         return tangent.view_as(query)
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if total is None else total.baddbmm_(a, b)
 
 
 def _forward_mode(
