@@ -51,14 +51,17 @@ def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ScoreConfig,), argv, "Score solutions: JSONL in, JSONL out.")
     records = read_json_records(config.input)
     state = config.join_processes()
+    # Before any part is there: what a mistaken model left behind would refuse the right one.
+    prm = config.load(config.model, state.device)
     name = prm_name(config.model)
     settings = config.settings({name: config.model}, {"input": config.input}, state.device)
-    settings |= {"image_root": config.image_root}
-    settings |= {"aggregation_function": config.aggregation_function}
+    settings |= {
+        "image_root": config.image_root,
+        "aggregation_function": config.aggregation_function,
+    }
     output = Path(config.output)
     parts = ScoreParts(output.with_name(output.name + ".parts"), settings)
     done = parts.start(state)
-    prm = config.load(config.model, state.device)
     left = (each for each in records if each[:1] not in done)
     mine = islice(left, state.process_index, None, state.num_processes)
     for line, record in tqdm(mine, desc=name, unit="line", disable=not state.is_main_process):
