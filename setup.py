@@ -46,6 +46,7 @@ setup(
             "hypothesis",
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff==0.17.*",
             "scikit-learn>=1.4",
         ],
