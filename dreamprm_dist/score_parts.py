@@ -18,16 +18,17 @@ class ScoreParts:
     """A folder with the scores of each question by its key, a tuple of texts and numbers.
 
     Args:
-        settings: all that scores depend on, JSON; parts of other settings are refused.
+        settings: all that scores depend on, JSON; scores made with others are refused.
 
     Raises:
-        ValueError: the folder holds parts that were scored with other settings.
+        ValueError: the folder holds scores made with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self._settings = folder, settings
         self._settings_file = self.folder / "settings.json"
-        if self._settings_file.is_file():
+        # A start that failed before its first score, of a mistyped model say, leaves nothing to keep.
+        if self._settings_file.is_file() and self.read():
             before = json.loads(self._settings_file.read_text(encoding="utf-8"))
             if different := [key for key in settings if settings[key] != before.get(key)]:
                 raise ValueError(

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ScoreConfig,), argv, "Score solutions: JSONL in, JSONL out.")
     records = read_json_records(config.input)
     state = config.join_processes()
-    # Before any part is there: what a mistaken model left behind would refuse the right one.
+    # First, so that a mistaken model leaves nothing on disk.
     prm = config.load(config.model, state.device)
     name = prm_name(config.model)
     settings = config.settings({name: config.model}, {"input": config.input}, state.device)

@@ -185,6 +185,9 @@ def test_a_stopped_evaluation_goes_on(
     flags = ("--precision=fp32", *meta, "--aggregation_function=meta")
     line, env = command(two_prms, test_file, tmp_path, *flags)
     part = tmp_path / "parts" / "rank0.jsonl"
+    # What a start leaves behind that could not load its model refuses nothing.
+    part.parent.mkdir()
+    (part.parent / "settings.json").write_text('{"model": "mistyped"}')
     with subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
         while run.poll() is None and (not part.exists() or part.read_text().count("\n") < 3):
             time.sleep(0.002)

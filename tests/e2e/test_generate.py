@@ -99,7 +99,8 @@ class Server:
                 for name, value in (length | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(text.encode())
+                with suppress(BrokenPipeError):  # the client was killed
+                    self.wfile.write(text.encode())
                 self.close_connection = True
 
             def log_message(self, *args):
