@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 GENERATE = ["openai>=2.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+TRACK = ["tensorboard", "wandb"]
 
 setup(
     name="dreamprm_dist",
@@ -39,10 +40,11 @@ setup(
         "gpu": ["flash-attn>=2.6"],
         "generate": GENERATE,
         "serve": SERVE,
-        "track": ["tensorboard", "wandb"],
+        "track": TRACK,
         "dev": [
             *GENERATE,
             *SERVE,
+            *TRACK,
             "hypothesis",
             "pytest>=8",
             "pytest-timeout",
