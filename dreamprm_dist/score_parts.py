@@ -27,7 +27,7 @@ class ScoreParts:
     def __init__(self, folder: Path, settings: dict):
         self.folder, self._settings = folder, settings
         self._settings_file = self.folder / "settings.json"
-        # A start that failed before its first score, of a mistyped model say, leaves nothing to keep.
+        # A start that failed before its first score, say of a mistyped model, left nothing to keep.
         if self._settings_file.is_file() and self.read():
             before = json.loads(self._settings_file.read_text(encoding="utf-8"))
             if different := [key for key in settings if settings[key] != before.get(key)]:
