@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.17",
-        "transformers>=5.0,<6",
+        "transformers>=5.6,<6",
         "accelerate>=1.6",
         "huggingface-hub>=1.0",
         "datasets>=3.0",
