@@ -1,0 +1,130 @@
+"""What a long run does to the instance table's row updates, on the demo.
+
+    make demo-seeds
+    python tests/benchmarks/bench_row_updates.py [--row_updates normalized_sgd adamw adamw_lazy]
+
+Trains the demo's table, from the cold starts that `make demo-seeds` left, for the demo's iterations
+and for three times as many, with each row update; then compares Best-of-N accuracy, pooled over
+seeds. Not a part of `make bench`: three updates and three seeds take more than an hour on two
+cores. A run that has ended is not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from sklearn.metrics import roc_auc_score
+from standin import write_results
+
+from dreamprm_dist.best_of_n import clustered_bootstrap
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+RECIPE = LAUNCH / "recipes" / "demo_instance_table.yaml"
+ITERATIONS = yaml.safe_load(RECIPE.read_text())["iteration_num"]
+NUM_RANKS = 2  # as the demo
+LONGER = 3
+# A step of AdamW has the length of its learning rate; the recipe's is for the other update.
+FLAGS = {
+    "normalized_sgd": (),
+    "adamw": ("--row_update=adamw", "--meta_lr=0.05"),
+    "adamw_lazy": ("--row_update=adamw_lazy", "--meta_lr=0.05"),
+}
+
+
+def run(log: Path, script: str, *arguments: object) -> None:
+    """A script of `launch/` on two ranks, one thread each, its output in a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(NUM_RANKS), str(LAUNCH / script), *map(str, arguments)]
+    print(log.stem, flush=True)
+    with log.open("w") as output:
+        subprocess.run(
+            command,
+            check=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def train(demo: Path, out: Path, row_update: str, iterations: int) -> Path:
+    """A run of the demo's table; returns its export."""
+    folder = out / f"{row_update}-{iterations}"
+    if not (folder / "export" / "instance_weights.parquet").exists():
+        run(
+            *(out / f"{folder.name}.log", "train.py", "--config", RECIPE),
+            *("--seed", demo.name.removeprefix("seed-"), "--iteration_num", iterations),
+            *("--train_json_file", demo / "shards" / "train" / "train"),
+            *("--meta_json_file", demo / "shards" / "meta" / "meta"),
+            *("--reward_model", demo / "cold_start" / "export", "--weights_path", folder),
+            *FLAGS[row_update],
+        )
+    return folder / "export"
+
+
+def noise_auc(demo: Path, export: Path) -> float:
+    truth = json.loads((demo / "data" / "truth.json").read_text())
+    weights = pd.read_parquet(export / "instance_weights.parquet")["weight"]
+    return float(roc_auc_score([not t["flipped"] for t in truth], weights))
+
+
+def of_seed(demo: Path, out: Path, row_updates: list[str]) -> dict:
+    """Noise AUC and right picks of all runs of a seed."""
+    out.mkdir(parents=True, exist_ok=True)
+    exports = [
+        train(demo, out, row_update, iterations)
+        for row_update in row_updates
+        for iterations in (ITERATIONS, LONGER * ITERATIONS)
+    ]
+    run(
+        *(out / "evaluation.log", "evaluate.py", "--model", *exports),
+        *("--test_json_file", demo / "data" / "test.json"),
+        *("--output_dir", out / "evaluation", "--precision", "fp32"),
+    )
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    return {
+        "noise_auc": {export.parent.name: noise_auc(demo, export) for export in exports},
+        "correct": {name: r["selected_correct"]["mean"] for name, r in results["prms"].items()},
+        "images": results["question_images"],
+    }
+
+
+def summary(seeds: list[dict], row_update: str) -> dict:
+    """Of one row update, over all seeds: accuracies, noise AUCs, their difference in accuracy."""
+    end, longer = f"{row_update}-{ITERATIONS}", f"{row_update}-{LONGER * ITERATIONS}"
+    correct = {
+        name: np.concatenate([seed["correct"][name] for seed in seeds]).astype(float)
+        for name in (end, longer)
+    }
+    clusters = [tuple(images) for seed in seeds for images in seed["images"]]
+    mean, low, high = clustered_bootstrap(correct[longer] - correct[end], clusters)
+    return {
+        "num_questions": len(clusters),
+        "accuracy": {name: values.mean() for name, values in correct.items()},
+        "noise_auc": {name: [s["noise_auc"][name] for s in seeds] for name in (end, longer)},
+        "longer_minus_end": {"mean": mean, "low": low, "high": high},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo-seeds"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/row-updates"))
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--row_updates", nargs="+", choices=FLAGS, default=list(FLAGS))
+    arguments = parser.parse_args()
+    seeds = [
+        of_seed(demo, arguments.runs / demo.name, arguments.row_updates)
+        for demo in sorted(arguments.demo.glob("seed-*"))
+    ]
+    updates = {update: summary(seeds, update) for update in arguments.row_updates}
+    write_results(arguments.out, {"row_updates": updates})
+
+
+if __name__ == "__main__":
+    main()
