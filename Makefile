@@ -9,6 +9,7 @@ TRAIN ?= data/train.json
 META ?= data/meta.json
 OUT ?= data/shards
 NUM_SHARDS ?= 8
+META_NUM_SHARDS ?= $(NUM_SHARDS)
 WORKERS ?= 4
 NUM_GPUS ?= 8
 CONFIG ?= launch/recipes/instance_table.yaml
@@ -59,7 +60,7 @@ format: $(STAMP) ## put format and style right
 
 shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=… shards with WORKERS=…
 	$(PYTHON) -m data_tools.shard --train "$(TRAIN)" --meta "$(META)" --out "$(OUT)" \
-		--num_shards $(NUM_SHARDS) --workers $(WORKERS)
+		--num_shards $(NUM_SHARDS) --meta_num_shards $(META_NUM_SHARDS) --workers $(WORKERS)
 
 train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=…
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_gpus $(NUM_GPUS) launch/train.py \

@@ -26,7 +26,7 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
     read_json_records,
 )
-from dreamprm_dist.solutions import QUESTION_PREFIX, SYSTEM_PROMPT
+from dreamprm_dist.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT
 
 
 def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:
@@ -37,8 +37,10 @@ def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool 
     ``-``: what follows an error is neither right nor wrong.
 
     Raises:
-        RecordError: no question, no steps, or a step without text or score.
+        RecordError: no raw record, no question, no steps, or a step without text or score.
     """
+    if "conversations" in record:
+        raise RecordError("it has 'conversations', so it is not raw; use `convert conversations`.")
     question, steps = record.get("question"), record.get("steps_with_score")
     if not isinstance(question, str) or not question.strip():
         raise RecordError("'question' must be a text.")
@@ -51,7 +53,7 @@ def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool 
             raise RecordError(f"steps_with_score[{i}] has no text in 'step'.")
         label = _label(step, i, threshold)
         if i == 0:
-            text = f"{QUESTION_PREFIX}{question}\n\n### Solution Process:\n{text}"
+            text = f"{QUESTION_PREFIX}{question}\n\n{SOLUTION_MARK}\n{text}"
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": label}]
         if stop_at_first_minus and label == "-":
             break

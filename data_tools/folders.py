@@ -26,7 +26,10 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
     if not (out_dir / MANIFEST).is_file():
         raise ValueError(f"{out_dir}: exists and is no shard folder; choose another place.")
     if not overwrite:
-        raise ValueError(f"{out_dir}: already holds shards; pass --overwrite to replace them.")
+        raise ValueError(
+            f"{out_dir}: already holds shards; leave out their source to keep them, or pass "
+            "--overwrite to replace them."
+        )
 
 
 def work_folder(out_dir: Path) -> Path:

@@ -33,6 +33,7 @@ from dreamprm_dist.solutions import split_steps, steps_conversation
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
 _BATCH_ROWS = 8  # a row may hold seven images of megabytes
 _MAX_OPTIONS_CHARS = 100_000
+_MMMU_ID = re.compile(r"(?:dev|validation|test)_(\w+)_\d+")  # validation_Art_Theory_12
 _REFERENCE = re.compile(r"<image (\d+)>")
 
 
@@ -98,8 +99,14 @@ def question_record(row: dict, image_dir: Path, prefix: str) -> dict:
         "options": options,
         "answer": row["answer"],
         "question_type": row.get("question_type") or ("multiple-choice" if options else "open"),
-        "subject": row.get("subject") or row.get("subfield") or "",
+        "subject": row.get("subject") or _subject_of(row["id"]) or row.get("subfield") or "",
     }
+
+
+def _subject_of(question_id: str) -> str:
+    """MMMU itself, unlike MMMU-Pro, names the subject in no column but in the id."""
+    found = _MMMU_ID.fullmatch(question_id)
+    return found[1].replace("_", " ") if found else ""
 
 
 def parse_options(value: object) -> list[str]:
@@ -157,7 +164,8 @@ def _rows(source: Path, split: str | None) -> Iterator[tuple[str, int, dict]]:
     else:
         files = sorted(source.rglob("*.parquet"))
         if not files:
-            raise FileNotFoundError(f"{source}: neither Parquet files nor a datasets folder.")
+            what = "neither Parquet files nor a datasets folder" if source.exists() else "not there"
+            raise FileNotFoundError(f"{source}: {what}.")
         names = {file.name.removesuffix(".parquet").partition("-")[0] for file in files}
         chosen = _chosen(source, split, names)
         files = [f for f in files if f.name.startswith((f"{chosen}-", f"{chosen}.parquet"))]

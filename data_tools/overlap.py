@@ -30,14 +30,13 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
     read_json_records,
 )
-from dreamprm_dist.solutions import QUESTION_PREFIX
+from dreamprm_dist.solutions import QUESTION_PREFIX, SOLUTION_MARK
 
 CHECKS = ("image", "lookalike", "question")
 HASH_SIDE = 16  # 256 bits
 # Bits of 256: re-encoded, resized copies of line drawings differ in up to about 20, a drawing with
 # one corner moved by 3 % in 36 and more, unrelated ones in 80 to 150.
 MAX_DISTANCE = 24
-_SOLUTION_MARK = "### Solution Process:"
 _IMAGE_MARK = re.compile(r"<image(?: \d+)?>")
 _FLAT = 2.0  # grey levels; below it a picture shows nothing that a hash could tell apart
 
@@ -54,7 +53,7 @@ def normalised_question(text: str) -> str:
 
     Markup of the chat format, image marks and a leading ``Question:`` do not count.
     """
-    text = text.partition(_SOLUTION_MARK)[0].strip().removeprefix(QUESTION_PREFIX.strip())
+    text = text.partition(SOLUTION_MARK)[0].strip().removeprefix(QUESTION_PREFIX.strip())
     text = unicodedata.normalize("NFKC", _IMAGE_MARK.sub(" ", text)).casefold()
     return " ".join(re.findall(r"[^\W_]+", text.strip().removeprefix("question:")))
 

@@ -33,8 +33,8 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
 )
 from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
+from dreamprm_dist.solutions import SOLUTION_MARK
 
-SOLUTION_MARK = "### Solution Process:"  # in VisualPRM's format the first step follows it
 BLOCK_RECORDS = 256  # what a killed worker loses at most
 BLOCK_BYTES = 64 << 20
 _PARSERS = {"training": parse_training_record, "meta": parse_meta_record}

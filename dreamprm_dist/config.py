@@ -39,9 +39,10 @@ class DataConfig:
     _argument_group_name = "data"
 
     train_json_file: str = flag(
-        "./data/train.json", "Training shards, or a raw JSON/JSONL file that is then sharded once."
+        "./data/train.json",
+        "Training shards, or a small raw JSON/JSONL file, which one process then shards once.",
     )
-    meta_json_file: str = flag("./data/meta.json", "Meta shards, or a raw JSON/JSONL file.")
+    meta_json_file: str = flag("./data/meta.json", "Meta shards, or a small raw JSON/JSONL file.")
     meta_validation_fraction: float = flag(
         0.0, "Part of the meta questions that is only measured on, at each checkpoint."
     )
@@ -155,7 +156,9 @@ class UpperConfig:
     weight_min: float = flag(-1.0, "Lower bound of Clip and Project.")
     weight_max: float = flag(3.0, "Upper bound of Clip and Project.")
     initialization: float = flag(1.0, "Raw weight of every instance (or data set) at the start.")
-    aggregation_function: str = flag("mean", "How step scores become a solution's score.")
+    aggregation_function: Literal["mean", "min", "max", "log_mean", "product", "last"] = flag(
+        "mean", "How step scores become a solution's score."
+    )
     loss_target: Literal["+", "both"] = flag(
         "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."
     )
@@ -200,7 +203,8 @@ class RunConfig:
     )
     trackers: str | None = flag(
         None,
-        "Experiment trackers by accelerate's names, separated by commas: tensorboard, wandb, …",
+        "Experiment trackers by accelerate's names, separated by commas: tensorboard, wandb "
+        "(offline unless WANDB_MODE says otherwise), …",
     )
 
 

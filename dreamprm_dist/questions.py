@@ -13,7 +13,7 @@ from dreamprm_dist.data.schema import (
     read_json_records,
 )
 from dreamprm_dist.grading import parse_choice
-from dreamprm_dist.solutions import extract_answer, split_steps, steps_conversation
+from dreamprm_dist.solutions import SOLUTION_MARK, extract_answer, split_steps, steps_conversation
 
 
 @dataclass
@@ -80,7 +80,8 @@ def _test_question(line: int, raw: dict) -> Question:
 def read_meta_questions(path: str) -> list[Question]:
     """The questions of a meta file, each with all solutions that the file holds of it.
 
-    Records belong to one question when their id, images and first turns agree.
+    Records belong to one question when their id, images and the questions in their first turns
+    agree.
 
     Raises:
         ValueError: a record that cannot be taken; the line is named. No question has more than one
@@ -95,15 +96,15 @@ def read_meta_questions(path: str) -> list[Question]:
         except RecordError as error:
             raise ValueError(f"{path}, record {line}: {error}") from error
         first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
-        groups.setdefault((record.source_id, tuple(record.images), first), []).append(
-            (line, record)
-        )
+        question = first.partition(SOLUTION_MARK)[0].strip()
+        key = (record.source_id, tuple(record.images), question)
+        groups.setdefault(key, []).append((line, record))
     if not groups:
         raise ValueError(f"{path} holds no record; give meta records, several solutions a question")
     if max(map(len, groups.values())) == 1:
         raise ValueError(
             f"{path} holds one solution a question, and every aggregation picks that one; give "
-            "several solutions of a question the same id, images and first turn"
+            "several solutions of a question the same id, images and question text"
         )
     return [
         Question(

@@ -30,11 +30,13 @@ class ScoreParts:
         # A start that failed before its first score, say of a mistyped model, left nothing to keep.
         if self._settings_file.is_file() and self.read():
             before = json.loads(self._settings_file.read_text(encoding="utf-8"))
-            if different := [key for key in settings if settings[key] != before.get(key)]:
+            different = [key for key in settings if before.get(key, settings[key]) != settings[key]]
+            if different:
                 raise ValueError(
                     f"{folder} holds unfinished work with another {' and '.join(different)}; "
                     "set it back to go on, write elsewhere, or remove the folder to start anew"
                 )
+            self._settings = before | settings
 
     def start(self, state: PartialState) -> dict[tuple, dict]:
         """Start this process's part; by all processes. Returns what is scored, as `read`."""

@@ -60,8 +60,8 @@ class ScoringConfig:
             models: label -> local folder or hub name.
             files: flag -> the file that it names.
         """
-        return {
-            "model": {label: [model, *_weights_state(model)] for label, model in models.items()},
+        # Each PRM by itself: its scores stay good when another is taken in or left out.
+        return {f"model {label}": [m, *_weights_state(m)] for label, m in models.items()} | {
             **{name: file and file_sha256(file) for name, file in files.items()},
             "max_patch_num": self.max_patch_num,
             "score_over": self.score_over,

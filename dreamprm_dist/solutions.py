@@ -24,6 +24,8 @@ justifications.
 Your task is to verify the accuracy and correctness of each step in the given solution process."""
 
 QUESTION_PREFIX = "### Question:\n"
+# In VisualPRM's format the first step follows it, in the question's own turn.
+SOLUTION_MARK = "### Solution Process:"
 
 _REASONING_MARKER = re.compile(r"\A\s*\[Reasoning\]")
 # `Answer:` alone on its line belongs to the text that follows it.

@@ -25,7 +25,6 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from dreamprm_dist import distributed
-from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.bad_steps import BadSteps
 from dreamprm_dist.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.config import TrainConfig, save_config
@@ -72,11 +71,6 @@ class BilevelTrainer:
         meta_shards: ShardFolder | None,
         device: torch.device,
     ):
-        if config.upper.aggregation_function not in AGGREGATIONS:
-            raise ValueError(
-                f"aggregation_function {config.upper.aggregation_function!r} is unknown; choose "
-                f"from {', '.join(AGGREGATIONS)}"
-            )
         self.train_shards, self.meta_shards = train_shards, meta_shards
         self.run_folder = Path(config.run.weights_path)
         self.settings = run_settings(config, train_shards, meta_shards)
@@ -149,7 +143,7 @@ class BilevelTrainer:
     ) -> RankBatches:
         world_size = distributed.world_size()
         global_batch_size = batch_size * accumulation * world_size
-        check_divisible(shards.num_shards, global_batch_size, world_size)
+        check_divisible(shards.path, shards.num_shards, global_batch_size, world_size)
         batches = RankBatches(
             shards,
             self.tokenizer,

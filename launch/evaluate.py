@@ -18,6 +18,7 @@ from typing import NamedTuple
 import yaml
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.best_of_n import CandidateScores, aggregate_candidates, judge
@@ -50,7 +51,9 @@ class EvaluateConfig(ScoringConfig):
         None, "Folder that image paths start at (default: the file's own folder)."
     )
     aggregation_function: str = flag(
-        "mean", "Aggregation that stands for a PRM; meta: the best one on meta_json_file."
+        "mean",
+        f"Aggregation that stands for a PRM: {', '.join(AGGREGATIONS)}, or meta: the best of "
+        "them on meta_json_file.",
     )
     meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
     seed: int = flag(0, "Seed of the bootstrap.")
@@ -84,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     state = config.join_processes()
+    # All before the first is scored with: a mistaken one is better found now than hours later.
+    tokenizers = {label: load_tokenizer(model) for label, model in models.items()}
     files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
     settings = config.settings(models, files, state.device) | {"image_root": config.image_root}
     parts = ScoreParts(out / "parts", settings)
@@ -93,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         left = [key for key in keys if key not in done]
         if left:
             mine = left[state.process_index :: state.num_processes]
-            _score_all(config, label, model, mine, questions, parts, state)
+            _score_all(config, label, model, tokenizers[label], mine, questions, parts, state)
     parts.close()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -122,12 +127,13 @@ def _score_all(
     config: EvaluateConfig,
     label: str,
     model: str,
+    tokenizer: PreTrainedTokenizerBase,
     keys: list[Key],
     questions: dict[str, dict[int, Question]],
     parts: ScoreParts,
     state: PartialState,
 ) -> None:
-    prm, tokenizer = load_prm(model, config.precision, state.device), load_tokenizer(model)
+    prm = load_prm(model, config.precision, state.device)
     files = {"test": config.test_json_file, "meta": config.meta_json_file}
     for key in tqdm(keys, desc=label, disable=not state.is_main_process):
         question, file = questions[key.set][key.question], files[key.set]

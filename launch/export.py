@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     out, source = Path(config.output_dir), Path(config.model)
     if out.exists():
         raise ValueError(f"{out} already exists; choose another output_dir or remove it")
-    card = model_card(*_of_run(source.parent), _results(config.results))
+    card = model_card(*_of_run(source.parent), _results(config.results, config.model))
     prm, tokenizer = load_prm(config.model, config.precision), load_tokenizer(config.model)
     with export_folder(out) as folder:
         save_model(folder, prm, tokenizer, original=config.layout == "original")
@@ -58,14 +58,22 @@ def _of_run(folder: Path) -> tuple[dict, dict | None]:
     return values, json.loads(lines[-1]) if lines else None
 
 
-def _results(path: str | None) -> dict | None:
+def _results(path: str | None, model: str) -> dict | None:
+    """An evaluation as the model card wants it: with this PRM's accuracies."""
     if path is None:
         return None
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-        results["accuracy"]["prm"], results["test_json_file"], results["num_questions"]
-    except (ValueError, KeyError, TypeError) as error:
+        models = {name: Path(folder).resolve() for name, folder in results["models"].items()}
+        label = next((name for name in models if models[name] == Path(model).resolve()), None)
+        if label is not None:
+            results["accuracy"]["prm"] = results["prms"][label]["accuracy"]
+        results["test_json_file"], results["num_questions"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no results.json of launch/evaluate.py ({error!r})") from error
+    if label is None:
+        evaluated = ", ".join(results["models"].values())
+        raise ValueError(f"{path} has no accuracy of {model}; it is an evaluation of {evaluated}")
     return results
 
 

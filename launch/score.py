@@ -36,7 +36,9 @@ class ScoreConfig(ScoringConfig):
     image_root: str | None = flag(
         None, "Folder that image paths start at (default: the input file's own folder)."
     )
-    aggregation_function: str = flag("mean", "How step scores become a candidate's score.")
+    aggregation_function: str = flag(
+        "mean", f"How step scores become a candidate's score: {', '.join(AGGREGATIONS)}."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

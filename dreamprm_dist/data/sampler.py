@@ -7,12 +7,13 @@ and the content of the batch does not depend on W.
 """
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 
-def check_divisible(num_shards: int, global_batch_size: int, world_size: int) -> None:
-    """Refuse a world size that cannot share the shards and the global batch evenly.
+def check_divisible(folder: Path, num_shards: int, global_batch_size: int, world_size: int) -> None:
+    """Refuse a world size that cannot share a folder's shards and the global batch evenly.
 
     Raises:
         ValueError: naming the nearest world sizes that work.
@@ -22,7 +23,7 @@ def check_divisible(num_shards: int, global_batch_size: int, world_size: int) ->
         works = [w for w in range(1, common + 1) if common % w == 0]
         nearest = sorted(works, key=lambda w: abs(w - world_size))[:3]
         raise ValueError(
-            f"{world_size} ranks cannot share {num_shards} shards and a global batch of "
+            f"{folder}: {world_size} ranks cannot share {num_shards} shards and a global batch of "
             f"{global_batch_size} evenly; use one of {sorted(nearest)} ranks, or shard again with "
             f"a multiple of {world_size} shards"
         )

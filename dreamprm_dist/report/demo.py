@@ -1,6 +1,7 @@
 """The page about a demo: which solutions were picked, what the weights found, where time went."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -55,7 +56,10 @@ def write_demo_report(folder: Path) -> Path:
             table_accuracy(accuracy),
             wrap("stack", figure_accuracy(accuracy) + table_differences(differences)),
         ],
-        "Seeds": [wrap("wide", table_seeds(seeds))],
+        "Seeds": [
+            table_seeds(seeds, "accuracy", "Right picks by seed", "Picked by", percent),
+            table_seeds(seeds, "noise_auc", "Noise AUC by seed", "Ranked by", decimal),
+        ],
         "Clean and flipped instances": [
             *(figure_weights(run, flipped) for run in weighted),
             table_noise_auc(auc),
@@ -153,17 +157,12 @@ def table_differences(differences: dict) -> str:
     return html_table(caption, ("Difference", "Mean", "Low", "High"), rows)
 
 
-def table_seeds(seeds: list[dict]) -> str:
-    keys = {"accuracy": percent, "noise_auc": decimal}
-    columns = [
-        (key, name) for key in keys for name in ordered({n for s in seeds for n in s.get(key, {})})
-    ]
-    rows = [
-        (str(s.get("seed", "–")), *(keys[k](s.get(k, {}).get(n)) for k, n in columns))
-        for s in seeds
-    ]
-    head = [("AUC, " if key == "noise_auc" else "") + label_of(name) for key, name in columns]
-    return html_table("Right picks, and noise AUC of rankings, by seed", ("Seed", *head), rows)
+def table_seeds(seeds: list[dict], key: str, caption: str, first: str, shown: Callable) -> str:
+    """Methods down, seeds across: `accuracy` or `noise_auc`, formatted by `shown`."""
+    names = ordered({name for seed in seeds for name in seed.get(key, {})})
+    rows = [(name, *(shown(seed.get(key, {}).get(name)) for seed in seeds)) for name in names]
+    head = (f"Seed {seed.get('seed', '–')}" for seed in seeds)
+    return html_table(caption, (first, *head), rows, by_method=True)
 
 
 def table_noise_auc(auc: dict) -> str:

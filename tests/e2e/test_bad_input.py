@@ -103,10 +103,6 @@ def test_a_gpu_that_is_not_there(train):
     assert "has no GPU: this machine shows 0" in train(device="cuda")
 
 
-def test_an_unknown_aggregation(train):
-    assert "choose from mean, min" in train(aggregation_function="median")
-
-
 def test_a_model_folder_that_is_none(train, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     message = train(reward_model=tmp_path)

@@ -27,7 +27,10 @@ def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"iteration": 7, "lower_loss": 0.25}\n{"iterat')
     accuracy = {"first": 0.25, "random": 0.3, "self_consistency": 0.4, "oracle": 0.9}
     results = {"test_json_file": "test.json", "num_questions": 3}
-    results |= {"accuracy": accuracy | {"prm": {"mean": 0.5}}}
+    models = {"unweighted": "runs/baseline/export", "table": str(run / "export")}
+    # `accuracy` is that of the first PRM, which is another one.
+    results |= {"accuracy": accuracy | {"prm": {"mean": 0.4}}, "models": models}
+    results["prms"] = {"unweighted": {"accuracy": {}}, "table": {"accuracy": {"mean": 0.5}}}
     (run / "results.json").write_text(json.dumps(results))
     original, back = tmp_path / "original", tmp_path / "back"
     fp32 = ("--precision", "fp32")
@@ -57,6 +60,15 @@ def test_bad_input(tiny_prm_dir: Path, tmp_path: Path) -> None:
     flags = ("--model", tiny_prm_dir, "--output_dir")
     taken = export(*flags, tmp_path)
     wrong = export(*flags, tmp_path / "out", "--results", tmp_path / "results.json")
-    for done, says in ((taken, "already exists"), (wrong, "no results.json")):
+    results = {
+        "models": {"a": "x/export"},
+        "accuracy": {},
+        "test_json_file": "",
+        "num_questions": 1,
+    }
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    other = export(*flags, tmp_path / "out", "--results", tmp_path / "other.json")
+    faults = {"already exists": taken, "no results.json": wrong, "evaluation of x/export": other}
+    for says, done in faults.items():
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

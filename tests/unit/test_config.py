@@ -2,11 +2,17 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
-from dreamprm_dist.config import parse_args, parse_train_config, save_config
+from dreamprm_dist.aggregation import AGGREGATIONS
+from dreamprm_dist.config import UpperConfig, parse_args, parse_train_config, save_config
+from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.reweighters import REWEIGHTERS
+from dreamprm_dist.reweighters.features import FEATURES
+from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -155,3 +161,17 @@ def test_a_list_in_a_recipe(tmp_path):
     assert config.model == ["b", "c=d"]
     (config,) = parse_args((Several,), ["--config", str(recipe), "--model", "e"], "")
     assert config.model == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("name", "registry"),
+    [
+        ("reweighter", REWEIGHTERS),
+        ("hypergradient", ESTIMATORS),
+        ("row_update", ROW_UPDATES),
+        ("instance_net_input", FEATURES),
+        ("aggregation_function", AGGREGATIONS),
+    ],
+)
+def test_a_flag_offers_all_that_there_is(name: str, registry: dict) -> None:
+    assert {*get_args(get_type_hints(UpperConfig)[name])} == {*registry}

@@ -11,7 +11,7 @@ from PIL import Image
 
 import dreamprm_dist.data.schema as schema
 from data_tools.convert import convert_raw, main
-from data_tools.mmmu import parse_options
+from data_tools.mmmu import parse_options, question_record
 from data_tools.shard import shard_file
 from dreamprm_dist.data.schema import (
     RecordError,
@@ -97,6 +97,7 @@ def test_threshold_unvisited_steps_and_stopping_at_the_first_minus():
     ("fields", "message"),
     [
         ({"question": " "}, "'question'"),
+        ({"conversations": []}, "use `convert conversations`"),
         ({"steps_with_score": []}, "'steps_with_score' must be"),
         ({"steps_with_score": ["s"]}, r"steps_with_score\[0\] has no text"),
         ({"steps_with_score": [{"step": "s", "score": None}]}, "'score' must be a finite"),
@@ -302,9 +303,25 @@ def test_a_datasets_folder_gives_the_same_as_parquet(questions, tmp_path):
     command = ["mmmu", str(folder), "--out", str(out), "--split", "validation"]
     main([*command, "--image_dir", str(questions.with_name("questions_images"))])
     assert out.read_bytes() == questions.read_bytes()
+    with pytest.raises(SystemExit, match="nowhere: not there"):
+        main(["mmmu", str(tmp_path / "nowhere"), "--out", str(out), "--overwrite"])
     (tmp_path / "mmmu" / "Art" / "test-00000-of-00001.parquet").write_bytes(b"")
     with pytest.raises(SystemExit, match="--split: test, validation"):
         main(["mmmu", str(tmp_path / "mmmu"), "--out", str(out), "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "subject"),
+    [
+        ({"id": "test_History_256", "subject": "History"}, "History"),  # MMMU-Pro
+        ({"id": "validation_Art_Theory_12", "subfield": "Renaissance Art"}, "Art Theory"),  # MMMU
+        ({"id": "q1", "subfield": "Renaissance Art"}, "Renaissance Art"),
+        ({"id": "q1"}, ""),
+    ],
+)
+def test_subjects(fields, subject, tmp_path):
+    row = {"question": "Which?", "answer": "A", "options": "['a', 'b']", **fields}
+    assert question_record(row, tmp_path, "")["subject"] == subject
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,11 @@ def test_step_labels_and_meta_groups(tmp_path) -> None:
     )
     records = [("1", "true", "A", "Q"), ("-1", "true", "B", "P"), ("1", "false", "B", "Q")]
     records += [("-1", "false", "C", "R")]
+    # VisualPRM's own format: the first step is in the question's turn.
+    records += [("7", "true", "A", "Q\\n\\n### Solution Process:\\nOne"), ("7", "false", "B", "Q")]
     file.write_text("".join(meta % record for record in records))
     questions = read_meta_questions(str(file))
-    assert [q.true_false for q in questions] == [[True, False], [True], [False]]
+    assert [q.true_false for q in questions] == [[True, False], [True], [False], [True, False]]
     assert questions[0].answers == ["A", "B"] and questions[0].line == 1
     file.write_text(meta % records[0] + meta % records[1])
     with pytest.raises(ValueError, match="one solution a question"):

@@ -1,6 +1,7 @@
 """Which rows a global batch holds is a pure function of integers, tested without processes."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -51,9 +52,9 @@ def test_a_global_batch_larger_than_the_data_draws_rows_again():
 
 @pytest.mark.parametrize(("shards", "size", "world"), [(8, 8, 3), (8, 6, 4), (6, 8, 4)])
 def test_uneven_shares_are_refused_with_what_works(shards, size, world):
-    with pytest.raises(ValueError, match=r"use one of \[.*\] ranks"):
-        check_divisible(shards, size, world)
+    with pytest.raises(ValueError, match=r"data/meta: .* use one of \[.*\] ranks"):
+        check_divisible(Path("data/meta"), shards, size, world)
 
 
 def test_even_shares_pass():
-    check_divisible(8, 16, 4)
+    check_divisible(Path("data/meta"), 8, 16, 4)
