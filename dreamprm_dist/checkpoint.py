@@ -4,8 +4,9 @@ All ranks write into `iteration-N.new`; when every rank has finished, a manifest
 every file is added and one rename makes the checkpoint visible. DeepSpeed's own files are pickles:
 they are read only after the checksums of the whole folder have been verified.
 
-At the same world size a run goes on bit for bit. At another one DeepSpeed's state goes through its
-universal checkpoint, and the table's rows are read by their new owners.
+At the same world size a run goes on bit for bit (on CUDA as far as its kernels repeat themselves).
+At another one DeepSpeed's state goes through its universal checkpoint, and the table's rows are
+read by their new owners.
 """
 
 from __future__ import annotations

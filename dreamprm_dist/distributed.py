@@ -9,9 +9,10 @@ import contextlib
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -185,6 +186,18 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def exit_with(message: str) -> NoReturn:
+    """End this rank with an error, whatever the others do.
+
+    NCCL's communicators are destroyed by all ranks together: one that has failed alone would wait
+    there for the others, who wait for it in a collective, with its message unsaid.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.exit(message)
 
 
 def shutdown() -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 from torch.func import functional_call
 
@@ -81,6 +82,8 @@ class Engine:
         keep_gradients: bool = False,
     ):
         self.device = device
+        if device.type == "cpu":  # DeepSpeed would take a GPU that is there
+            deepspeed.accelerator.set_accelerator(CPU_Accelerator())
         prm.train()  # dropout is removed at load; only activation checkpointing reads the mode
         parameters = [p for p in prm.parameters() if p.requires_grad]
         if not parameters:

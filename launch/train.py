@@ -1,6 +1,6 @@
 """Train a process reward model: `deepspeed --num_gpus 8 launch/train.py --config recipe.yaml`."""
 
-import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -41,7 +41,9 @@ def main() -> None:
         with distributed.naming_lost_ranks():
             train(config, device)
     except (ValueError, OSError, distributed.RankLostError) as error:
-        sys.exit(f"error: {error}")
+        distributed.exit_with(f"error: {error}")
+    except Exception:
+        distributed.exit_with(traceback.format_exc())
     finally:
         distributed.shutdown()
 

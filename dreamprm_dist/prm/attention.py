@@ -6,29 +6,47 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch.autograd import forward_ad
+from transformers import AttentionInterface, InternVLForConditionalGeneration
 
 FORWARD_MODE = "forward_mode"
 
 
-def attention_implementation(device: torch.device) -> str:
-    """flash_attention_2 on CUDA when the flash-attn package is there, else torch's SDPA."""
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
+def attention_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """flash_attention_2 for bf16 on CUDA when flash-attn is installed, else torch's SDPA."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if has_flash and device.type == "cuda" and dtype == torch.bfloat16:  # it knows no float32
+        return "flash_attention_2"
+    return "sdpa"
 
 
 @contextlib.contextmanager
-def forward_mode_attention(model: PreTrainedModel) -> Iterator[None]:
+def forward_mode(model: InternVLForConditionalGeneration) -> Iterator[None]:
     """Run a block with attention that has forward-mode tangents, which no flash kernel has.
 
     There is no backward pass through it.
     """
     before = model.config._attn_implementation
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(_give_tangent)
     model.set_attn_implementation(FORWARD_MODE)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        hook.remove()
+
+
+def _give_tangent(projector: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    """Behind a frozen vision tower: features with a tangent of zeros, if the projector moves.
+
+    Without one torch's rule for layer norm takes the dtype of its statistics, which CUDA keeps in
+    float32, for the tangent of a bf16 output.
+    """
+    (features,) = inputs
+    moves = any(forward_ad.unpack_dual(p).tangent is not None for p in projector.parameters())
+    if moves and forward_ad.unpack_dual(features).tangent is None:
+        return (forward_ad.make_dual(features, torch.zeros_like(features)),)
+    return None
 
 
 class _Attention(torch.autograd.Function):

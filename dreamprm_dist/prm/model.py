@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from dreamprm_dist.prm import layout
-from dreamprm_dist.prm.attention import attention_implementation, forward_mode_attention
+from dreamprm_dist.prm.attention import attention_implementation, forward_mode
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 
 if TYPE_CHECKING:
@@ -67,10 +67,14 @@ class PRM(nn.Module):
         if batch.pixel_values is not None:
             features = self.image_features(batch.pixel_values)[batch.shown_tiles]
             embeddings = self.embed(batch.input_ids, features.flatten(0, 1))
+        elif self.training:
+            # ZeRO adds up the ranks' gradients in the order in which they appear. Here all must
+            # appear, and as with images: what is computed last is differentiated first, so the
+            # embeddings come after the features of an image, here a blank one.
+            blank = self._blank_image_features().sum()
+            embeddings = self.embed(batch.input_ids) + 0.0 * blank
         else:
             embeddings = self.embed(batch.input_ids)
-            if self.training:
-                embeddings = embeddings + 0.0 * self._blank_image_features().sum()
         hidden = self.model.model.language_model(
             inputs_embeds=embeddings, use_cache=False
         ).last_hidden_state
@@ -94,14 +98,12 @@ class PRM(nn.Module):
         return embeddings.masked_scatter(mask, features.to(embeddings.dtype))
 
     def _blank_image_features(self) -> Tensor:
-        # Every parameter must take part in every backward pass: ZeRO reduces gradients in the order
-        # in which they appear, which must be the same on all ranks, also on one without an image.
         tile = torch.zeros(1, 3, self.tile_size, self.tile_size, device=self.model.device)
         return self.image_features(tile)
 
     def forward_mode(self) -> contextlib.AbstractContextManager[None]:
-        """Run a block with attention that forward-mode differentiation knows: no flash kernel."""
-        return forward_mode_attention(self.model)
+        """Run a block as forward-mode differentiation needs it: with no flash kernel, for one."""
+        return forward_mode(self.model)
 
     def freeze(self, vision_tower: bool, language_model: bool) -> None:
         """Choose what is trained; the projector between the two always is."""
@@ -156,7 +158,7 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
     device = device or torch.device("cpu")
     options = {
         "dtype": PRECISIONS[precision],
-        "attn_implementation": attention_implementation(device),
+        "attn_implementation": attention_implementation(device, PRECISIONS[precision]),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # `_check_tensors` refuses them, with their names
     }

@@ -1,9 +1,9 @@
 """Runs variants of one bi-level run under a launcher and saves what each computed.
 
-    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL SHARDS VARIANTS
+    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL VARIANTS
 
-VARIANTS is JSON: a name to {"flags": [...], "mutant": name or absent}; a mutant is a defect put in
-on purpose, to see that the comparison finds it.
+VARIANTS is JSON: a name to {"flags": [...], "shards": folder, "mutant": name or absent}; a mutant
+is a defect put in on purpose, to see that the comparison finds it.
 """
 
 import json
@@ -108,15 +108,15 @@ def put_in(mutant: str) -> None:
 
 
 def main() -> None:
-    out, model, shards = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    out, model = Path(sys.argv[1]), sys.argv[2]
     distributed.initialize("cpu")
     torch.set_num_threads(1)
-    for name, variant in json.loads(sys.argv[4]).items():
+    for name, variant in json.loads(sys.argv[3]).items():
         restore = engine.distributed.all_reduce_mean, loader.rank_draws
         if "mutant" in variant:
             put_in(variant["mutant"])
         try:
-            result = run(out, model, shards, variant["flags"])
+            result = run(out, model, Path(variant["shards"]), variant["flags"])
         except ValueError as error:
             result = {"error": str(error)}
         engine.distributed.all_reduce_mean, loader.rank_draws = restore

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bilevel_worker import ITERATIONS
 
+from data_tools.shard import shard_file
 from dreamprm_dist.data.collate import InputFormat
 from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
@@ -63,6 +64,7 @@ VARIANTS = {
     | {
         "one_rank": {"flags": batches(8)},
         "one_rank_accumulated": {"flags": batches(2, 4)},
+        "one_rank_half_text": {"flags": batches(8), "shards": "half_text"},
     },
     4: {"four_ranks": {"flags": batches(2)}},
     2: {
@@ -72,6 +74,7 @@ VARIANTS = {
     | {
         "two_ranks": {"flags": batches(4)},
         "two_ranks_accumulated": {"flags": batches(2, 2)},
+        "two_ranks_half_text": {"flags": batches(4), "shards": "half_text"},
         "checkpointed": {"flags": [*batches(4), "--gradient_checkpointing"]},
         "bf16": {"flags": [*batches(4), "--precision", "bf16"]},
         "frozen": {"flags": [*batches(4), "--freeze_vision_tower"]},
@@ -91,14 +94,36 @@ SAME = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> dict:
+def shard_folders(tmp_path_factory, tiny_data_dir: Path, tiny_shards: Path) -> dict[str, Path]:
+    """By name; in `half_text` the second of two ranks has training records without an image."""
+    half_text = tmp_path_factory.mktemp("half_text")
+    records = json.loads((tiny_data_dir / "train.json").read_text())
+    for record in records[1::2]:
+        del record["image"]
+    (half_text / "train.json").write_text(json.dumps(records))
+    shard_file(
+        half_text / "train.json",
+        half_text / "train",
+        "training",
+        4,
+        progress=False,
+        image_root=tiny_data_dir,
+    )
+    (half_text / "meta").symlink_to(tiny_shards / "meta")
+    return {"all_images": tiny_shards, "half_text": half_text}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_prm_dir: Path, shard_folders: dict[str, Path]) -> dict:
     """What the worker computed, by variant, from one spawn for each world size, all at once."""
     out = tmp_path_factory.mktemp("world_sizes")
     worker = Path(__file__).with_name("bilevel_worker.py")
 
     def spawn(world_size: int, variants: dict) -> subprocess.CompletedProcess:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
-        arguments = [worker, out, tiny_prm_dir, tiny_shards, json.dumps(variants)]
+        for variant in variants.values():
+            variant["shards"] = str(shard_folders[variant.get("shards", "all_images")])
+        arguments = [worker, out, tiny_prm_dir, json.dumps(variants)]
         command = [sys.executable, *map(str, [*launcher, *arguments])]
         return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
@@ -240,6 +265,16 @@ def test_the_same_global_batch_gives_the_same_run(runs, other: str):
     assert one["metrics"].keys() == other["metrics"].keys()
     for name, values in one["metrics"].items():
         assert relative(other["metrics"][name], values) < TOLERANCE, name
+
+
+def test_a_rank_without_images_gives_the_same_run(runs):
+    """ZeRO adds gradients up in the order in which they appear: it must be that of other ranks."""
+    one, two = runs["one_rank_half_text"], runs["two_ranks_half_text"]
+    assert relative(two["v"], one["v"]) < TOLERANCE
+    assert relative(two["weights"], one["weights"]) < TOLERANCE
+    for name, values in one["metrics"].items():
+        assert relative(two["metrics"][name], values) < TOLERANCE, name
+    assert relative(one["weights"], runs["one_rank"]["weights"]) > 1e-3
 
 
 @pytest.mark.parametrize("mutant", ["v_not_averaged", "v_not_reduced"])

@@ -43,6 +43,7 @@ def observer(prm, batch):
 
 def test_cuda_gives_the_cpus_losses_and_products(tiny_prm_dir: Path, tiny_shards: Path):
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     results = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         prm = load_prm(str(tiny_prm_dir), "fp32", device).train()
@@ -77,14 +78,27 @@ def test_flash_attention_agrees_with_sdpa_and_gives_way_to_the_jvp(
     assert products.isfinite().all()
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero2_offload"])
-def test_a_bf16_run_under_deepspeed(
-    tmp_path: Path, tiny_prm_dir: Path, tiny_shards: Path, strategy: str
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--strategy", strategy] for strategy in ("zero1", "zero2", "zero2_offload")),
+        # Layer norm's statistics are float32 on CUDA: behind a frozen tower a tangent could be too.
+        ["--freeze_vision_tower"],
+        ["--freeze_vision_tower", "--hypergradient", "sama"],
+        ["--gradient_checkpointing"],
+        ["--precision", "fp32"],
+        ["--device", "cpu"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_under_deepspeed(
+    tmp_path: Path, tiny_prm_dir: Path, tiny_shards: Path, options: list[str]
 ):
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(torch.cuda.device_count())]
+    ranks = max(n for n in (1, 2, 4) if n <= torch.cuda.device_count())  # there are four shards
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", ranks]
     flags = [
         *("--train_json_file", tiny_shards / "train", "--meta_json_file", tiny_shards / "meta"),
-        *("--reward_model", tiny_prm_dir, "--weights_path", tmp_path, "--strategy", strategy),
+        *("--reward_model", tiny_prm_dir, "--weights_path", tmp_path, *options),
         *("--batch_size", 4, "--meta_batch_size", 4, "--iteration_num", 5),
     ]
     command = [sys.executable, *launcher, TRAIN, *flags]
@@ -95,3 +109,24 @@ def test_a_bf16_run_under_deepspeed(
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["lower_loss"] > 0 and line["meta_gradient_norm"] > 0 for line in lines)
     assert (tmp_path / "export" / "instance_weights.parquet").is_file()
+
+
+ALONE = """
+import torch
+from dreamprm_dist import distributed
+
+one = torch.ones(1, device=distributed.initialize("cuda"))
+torch.distributed.all_reduce(one)
+if distributed.rank() == 1:
+    distributed.exit_with("error: rank 1 fails alone")
+torch.distributed.all_reduce(one)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_a_rank_that_fails_alone_says_so_and_ends_the_run(tmp_path: Path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(tmp_path / "alone.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "error: rank 1 fails alone" in done.stderr

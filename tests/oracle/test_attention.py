@@ -1,15 +1,18 @@
-"""Attention with tangents in closed form against torch's own formulas for it, in float64."""
+"""Forward mode: attention's tangent in closed form against torch's own formulas, in float64."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from dreamprm_dist.prm.attention import FORWARD_MODE
+from dreamprm_dist.prm.model import load_prm
 
 BATCH, LENGTH, WIDTH = 2, 7, 5
 SCALING = 0.3
@@ -41,3 +44,27 @@ def test_values_and_tangents(heads: int, key_heads: int, causal: bool, moving: s
     # The same sums in another order, of numbers near 1.
     torch.testing.assert_close(found[0].primal, found[1].primal, rtol=0, atol=1e-13)
     torch.testing.assert_close(found[0].tangent, found[1].tangent, rtol=0, atol=1e-13)
+
+
+def test_behind_a_frozen_tower_the_projector_is_given_a_tangent(tiny_prm_dir: Path) -> None:
+    """Of zeros: on CUDA torch's rule for layer norm else leaves bf16, which no CPU can show."""
+    torch.manual_seed(0)
+    prm = load_prm(str(tiny_prm_dir), "fp32").double()
+    projector, seen = prm.model.model.multi_modal_projector, []
+    features = torch.randn(3, projector.layer_norm.weight.numel(), dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in projector.named_parameters()}
+    v = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def project(parameters: dict) -> torch.Tensor:
+        return functional_call(projector, parameters, (features,))
+
+    _, expected = torch.func.jvp(project, (parameters,), (v,))
+    projector.layer_norm.register_forward_pre_hook(
+        lambda _, inputs: seen.append(forward_ad.unpack_dual(inputs[0]).tangent)
+    )
+    with torch.no_grad(), prm.forward_mode(), forward_ad.dual_level():
+        project(parameters)
+        duals = {n: forward_ad.make_dual(p, v[n]) for n, p in parameters.items()}
+        tangent = forward_ad.unpack_dual(project(duals)).tangent
+    assert seen[0] is None and seen[1].shape == features.shape and not seen[1].any()
+    torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
