@@ -173,7 +173,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     ballast = small_disk / "ballast"
     with run.started() as ranks:
         run.wait_for(run.checkpoints, ranks)
-        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**20))
+        with ballast.open("wb", buffering=0) as file:  # in pieces, for the ranks write too
+            while (free := shutil.disk_usage(small_disk).free - 2**20) > 0:
+                file.write(bytes(min(free, 2**20)))
         assert [process.wait(timeout=120) for process in ranks] == [1, 1]
     (said,) = (line for line in run.log().splitlines() if "error" in line)
     assert said.startswith("error: no checkpoint could be saved in run, where ")
