@@ -1,6 +1,6 @@
 """Sharding and loading at scale: rates against bare Pillow, peak memory, a kill in the middle.
 
-    python tests/benchmarks/bench_data.py [--records 20000] [--workers 2] [--out bench_data.json]
+    python tests/benchmarks/bench_data.py [--records 20000] [--image_scale 1] [--workers 2]
 
 Makes a raw VisualPRM file with images, four solutions to each, converts it and shards it twice:
 once undisturbed, once killed half-way and started again. Bare Pillow decodes and encodes (or, for
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -43,10 +43,10 @@ def landscape() -> Image.Image:
     return noise.resize((3200, 3200), Image.Resampling.BICUBIC)
 
 
-def make_image(path: Path) -> None:
+def make_image(scale: float, path: Path) -> None:
     """A photograph, rarely a large one, or a drawing; its name is its seed."""
     draw = random.Random(path.stem)
-    width = 2400 if draw.random() < 0.02 else draw.randint(400, 900)
+    width = int(scale * (2400 if draw.random() < 0.02 else draw.randint(400, 900)))
     height = width * draw.randint(5, 9) // 8
     left, top = draw.randint(0, 3200 - width), draw.randint(0, max(0, 3200 - height))
     image = landscape().crop((left, top, left + width, top + height))
@@ -55,7 +55,7 @@ def make_image(path: Path) -> None:
     image.save(path)
 
 
-def make_source(folder: Path, num_records: int, workers: int) -> Path:
+def make_source(folder: Path, num_records: int, scale: float, workers: int) -> Path:
     """Raw VisualPRM lines and their images, converted to training records."""
     images = [
         folder / "images" / f"{i}.{'png' if i % 10 == 0 else 'jpg'}"
@@ -63,7 +63,9 @@ def make_source(folder: Path, num_records: int, workers: int) -> Path:
     ]
     (folder / "images").mkdir()
     with start_workers(workers) as in_order:
-        for _ in tqdm(in_order(make_image, images), total=len(images), desc="images"):
+        for _ in tqdm(
+            in_order(partial(make_image, scale), images), total=len(images), desc="images"
+        ):
             pass
     with (folder / "geometry.jsonl").open("w") as file:
         for i in range(num_records):
@@ -170,11 +172,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench_data.json"))
     parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--image_scale", type=float, default=1.0, help="smaller: less disk")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     workers = arguments.workers
     with tempfile.TemporaryDirectory() as folder:
-        source = make_source(Path(folder), arguments.records, workers)
+        source = make_source(Path(folder), arguments.records, arguments.image_scale, workers)
         seconds, peak = shard(source, Path(folder) / "whole", workers)
         whole = Path(folder) / "whole" / "train"
         images = sorted((Path(folder) / "images").iterdir())
@@ -191,6 +194,7 @@ def main() -> None:
         result = {
             "records": arguments.records,
             "images": len(images),
+            "image_scale": arguments.image_scale,
             "workers": workers,
             "records_per_second": arguments.records / seconds,
             "worker_peak_gib": max(peak, first_peak, second_peak),
