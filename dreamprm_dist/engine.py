@@ -107,7 +107,7 @@ class Engine:
             optimizer=optimizer,
             lr_scheduler=schedule,
             model_parameters=parameters,
-            config=deepspeed_config(config, device),
+            config=deepspeed_config(config, device, max(p.numel() for p in parameters)),
             dist_init_required=False,
         )
         self._deepspeed.checkpoint_engine = CheckpointWriter()
@@ -318,8 +318,11 @@ def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
     return apart
 
 
-def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:
+def deepspeed_config(config: TrainConfig, device: torch.device, largest: int) -> dict:
     """The JSON of `--strategy` with what the configuration owns written into it.
+
+    Args:
+        largest: elements of the largest trained parameter.
 
     Raises:
         ValueError: the JSON sets a value that the configuration owns to something else.
@@ -349,4 +352,9 @@ def deepspeed_config(config: TrainConfig, device: torch.device) -> dict:
     for key in ("optimizer", "scheduler"):
         if key in settings:
             raise ValueError(f"{file}: {key} belongs to the configuration; leave it out")
+    zero = settings["zero_optimization"]
+    if zero["overlap_comm"]:
+        # The gradient of a parameter that is larger than the bucket DeepSpeed reduces on a stream
+        # of its own, and gives its memory away meanwhile.
+        zero["reduce_bucket_size"] = max(zero["reduce_bucket_size"], largest)
     return settings | owned

@@ -31,7 +31,7 @@ from dreamprm_dist.config import TrainConfig, save_config
 from dreamprm_dist.data.collate import Batch, InputFormat
 from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.loader import RankBatches
-from dreamprm_dist.data.sampler import check_divisible
+from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.engine import Engine, LowerStep
 from dreamprm_dist.export import export_folder, export_prm, export_weights
@@ -108,6 +108,11 @@ class BilevelTrainer:
         )
         self.reweighter = self.validation_batches = None
         if not config.unweighted:
+            if upper.unroll_window == "last":
+                size = self.train_batches.global_batch_size
+                check_every_shard_learns(
+                    train_shards.path, train_shards.num_shards, size, upper.unroll_steps
+                )
             if fraction := config.data.meta_validation_fraction:
                 meta_shards, held_out = hold_out(meta_shards, fraction, config.run.seed)
                 self.validation_batches = self._batches(held_out, UPPER, upper.meta_batch_size, 1)
@@ -201,7 +206,7 @@ class BilevelTrainer:
                 saving = iteration % run.save_every_iterations == 0 or is_last or stopping
                 validation = self._validate() if saving else {}
                 written |= validation
-                if iteration % run.log_every == 0 or is_last:
+                if iteration % run.log_every == 0 or validation or is_last:
                     metrics = self._metrics(iteration, values, iteration - logged)
                     logged = iteration
                     writer.write(metrics | written)
@@ -291,6 +296,7 @@ class BilevelTrainer:
         """Add the hypergradient of one lower batch at the present parameters."""
         with self.phases("meta"):
             v, losses = self.engine.meta_gradient(meta_micro_batches, self._meta_losses)
+            norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in v.values()]
             if self.estimator.precondition:
                 v = self.engine.precondition(v, self.estimator.precondition)
         if self.reweighter.learns:
@@ -299,7 +305,6 @@ class BilevelTrainer:
                     self.reweighter.add_hypergradient(
                         batch, *self._estimate(batch, v), self.train_batches.global_batch_size
                     )
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in v.values()]
         return {"meta_losses": losses, "meta_gradient_norm": float(torch.stack(norms).norm())}
 
     def _weigh(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:

@@ -29,6 +29,32 @@ def check_divisible(folder: Path, num_shards: int, global_batch_size: int, world
         )
 
 
+def check_every_shard_learns(
+    folder: Path, num_shards: int, global_batch_size: int, unroll_steps: int
+) -> None:
+    """Refuse an unroll whose last batch always comes from the same shards.
+
+    Draws go round the shards in turn, so with more shards than draws a batch the batches that
+    receive a hypergradient, each `unroll_steps`-th, may miss some shards for ever.
+
+    Raises:
+        ValueError: naming what to change.
+    """
+    starts = range(unroll_steps - 1, unroll_steps * num_shards, unroll_steps)
+    last = {
+        (step * global_batch_size + draw) % num_shards
+        for step in starts
+        for draw in range(min(global_batch_size, num_shards))
+    }
+    if len(last) < num_shards:
+        raise ValueError(
+            f"{folder}: the last batch of {unroll_steps} unroll steps always comes from the same "
+            f"{len(last)} of {num_shards} shards, so instances of the others would never learn a "
+            "weight; use --unroll_window all, another number of steps, or num_shards that divides "
+            f"the global batch of {global_batch_size}"
+        )
+
+
 def owned_shards(num_shards: int, rank: int, world_size: int) -> range:
     """The shards whose rows, weights and draws belong to a rank."""
     return range(rank, num_shards, world_size)

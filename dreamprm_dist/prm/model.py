@@ -177,6 +177,10 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
                 name_or_path, use_safetensors=True, **options
             )
         _check_tensors(info)
+        # transformers leaves a head of its own apart whatever the config says, which an export
+        # would believe.
+        head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = head is embeddings
     except StrictDataclassError as error:  # a value of another type, which transformers refuses
         why = " ".join(str(error).split())
         raise ValueError(f"model {name_or_path}: its config.json is wrong ({why})") from error

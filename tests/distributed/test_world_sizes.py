@@ -286,6 +286,13 @@ def test_rows_on_the_wrong_rank_are_refused(runs):
     assert "belongs to rank" in runs["swapped_shards"]["error"]
 
 
+@pytest.mark.parametrize("name", ["one_rank", "one_sama"])
+def test_the_logged_norm_is_that_of_v(runs, name: str):
+    """Also where v is preconditioned before its use."""
+    norms = runs[name]["v"].double().norm(dim=1)
+    assert relative(runs[name]["metrics"]["meta_gradient_norm"], norms) < TOLERANCE
+
+
 def test_bf16_follows_the_run_in_float32(runs):
     # 8 bits: v keeps its direction, not its digits.
     bf16, fp32 = runs["bf16"]["v"][0], runs["two_ranks"]["v"][0]

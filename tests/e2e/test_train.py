@@ -70,6 +70,27 @@ def test_every_metric_is_documented_and_every_document_has_its_metric(table_run:
         assert all(isinstance(v, int | float) for v in line.values())
 
 
+def test_a_validation_loss_stands_in_the_line_of_its_iteration(
+    tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path
+):
+    done = launch(
+        [sys.executable],
+        *("--train_json_file", tiny_shards / "train", "--meta_json_file", tiny_shards / "meta"),
+        *("--reward_model", tiny_prm_dir, "--weights_path", tmp_path, "--iteration_num", "5"),
+        *("--meta_validation_fraction", "0.4", "--save_every_iterations", "2", "--log_every", "3"),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 3, 4, 5]
+    losses = {
+        x["iteration"]: x["meta_validation_loss"] for x in lines if "meta_validation_loss" in x
+    }
+    saved = (tmp_path / "checkpoints" / f"iteration-{i}" / "state.json" for i in (4, 5))
+    states = [json.loads(path.read_text()) for path in saved]
+    assert [*losses] == [2, 4, 5]
+    assert [losses[i] for i in (4, 5)] == [state["meta_validation_loss"] for state in states]
+
+
 def test_the_export_loads_again_and_differs_from_its_start(table_run: Path, tiny_prm_dir: Path):
     trained, start = (load_prm(str(path), "fp32") for path in (table_run / "export", tiny_prm_dir))
     assert any(

@@ -1,7 +1,6 @@
 """Configuration: defaults < recipe < command line, and nothing unknown is accepted."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -15,9 +14,7 @@ from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.features import FEATURES
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-DS_CONFIGS = ROOT / "ds_configs"
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
 REFERENCE_DEFAULTS = {
     "train_json_file": "./data/train.json",
@@ -178,10 +175,3 @@ def test_a_list_in_a_recipe(tmp_path):
 )
 def test_a_flag_offers_all_that_there_is(name: str, registry: dict) -> None:
     assert {*get_args(get_type_hints(UpperConfig)[name])} == {*registry}
-
-
-@pytest.mark.parametrize("name", ["zero1", "zero2"])
-def test_zeros_bucket_holds_the_largest_parameter(name: str) -> None:
-    """DeepSpeed reduces a larger one on its own stream without keeping its memory meanwhile."""
-    zero = json.loads((DS_CONFIGS / f"{name}.json").read_text())["zero_optimization"]
-    assert zero["overlap_comm"] and zero["reduce_bucket_size"] > 151_674 * 896  # of InternVL3-1B

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
+from dreamprm_dist.export import save_model
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT, label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -354,3 +355,20 @@ def test_the_original_tokenizer_files(reference_dir: Path, tmp_path: Path) -> No
     text = "<|im_start|>user\n<img><IMG_CONTEXT></img>### Question:\nWas ist 3½·x?<|im_end|>\n+"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == Tokenizer.from_file(str(source)).encode(text, add_special_tokens=False).ids
+
+
+def test_a_head_of_its_own_is_not_lost_whatever_the_config_says(
+    tiny_prm_dir: Path, tmp_path: Path
+) -> None:
+    prm, tokenizer = load_prm(str(tiny_prm_dir), "fp32"), load_tokenizer(str(tiny_prm_dir))
+    head = torch.randn_like(prm.model.lm_head.weight)
+    prm.model.lm_head.weight = torch.nn.Parameter(head)
+    save_model(tmp_path / "untied", prm, tokenizer, original=False)
+    config = tmp_path / "untied" / "config.json"
+    text = json.loads(config.read_text())
+    text["tie_word_embeddings"] = text["text_config"]["tie_word_embeddings"] = True
+    config.write_text(json.dumps(text))
+    (tmp_path / "original").mkdir()
+    save_model(tmp_path / "original", load_prm(str(tmp_path / "untied"), "fp32"), tokenizer, True)
+    again = load_prm(str(tmp_path / "original"), "fp32")
+    assert torch.equal(again.model.lm_head.weight, head)

@@ -1,11 +1,17 @@
 """Which rows a global batch holds is a pure function of integers, tested without processes."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
 import pytest
 
-from dreamprm_dist.data.sampler import check_divisible, owned_shards, rank_draws
+from dreamprm_dist.data.sampler import (
+    check_divisible,
+    check_every_shard_learns,
+    owned_shards,
+    rank_draws,
+)
 
 ROWS = [5, 4, 4, 4, 4, 4, 4, 4]
 SIZE = 8
@@ -58,3 +64,20 @@ def test_uneven_shares_are_refused_with_what_works(shards, size, world):
 
 def test_even_shares_pass():
     check_divisible(Path("data/meta"), 8, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("shards", "size", "steps", "reached"),
+    [(8, 1, 2, 4), (64, 8, 4, 16), (64, 32, 4, 32), (8, 1, 3, 8), (8, 8, 2, 8), (4, 6, 2, 4)],
+)
+def test_last_batches_that_miss_shards_are_refused(shards, size, steps, reached):
+    lasts = range(steps - 1, 4 * steps * shards, steps)
+    drawn = {shard for step in lasts for shard, _ in rank_draws(step, size, [3] * shards, 1)}
+    assert len(drawn) == reached
+    missed = contextlib.nullcontext()
+    if reached < shards:
+        missed = pytest.raises(
+            ValueError, match=f"data/train: .* same {reached} of {shards} shards"
+        )
+    with missed:
+        check_every_shard_learns(Path("data/train"), shards, size, steps)
