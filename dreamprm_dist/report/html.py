@@ -38,7 +38,7 @@ def axes_of(height: float = 2.9) -> tuple[Figure, matplotlib.axes.Axes]:
 def svg_figure(figure: Figure, label: str, caption: str) -> str:
     """A plot as inline SVG: no date, no outside names, no id that another plot has."""
     if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=3)
+        figure.legend(loc="outside upper left", ncols=3, columnspacing=1, handlelength=1.6)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label}):
