@@ -108,11 +108,6 @@ class BilevelTrainer:
         )
         self.reweighter = self.validation_batches = None
         if not config.unweighted:
-            if upper.unroll_window == "last":
-                size = self.train_batches.global_batch_size
-                check_every_shard_learns(
-                    train_shards.path, train_shards.num_shards, size, upper.unroll_steps
-                )
             if fraction := config.data.meta_validation_fraction:
                 meta_shards, held_out = hold_out(meta_shards, fraction, config.run.seed)
                 self.validation_batches = self._batches(held_out, UPPER, upper.meta_batch_size, 1)
@@ -135,6 +130,11 @@ class BilevelTrainer:
                     config.run.seed,
                 ),
             )
+            if self.reweighter.learns and upper.unroll_window == "last":
+                size = self.train_batches.global_batch_size
+                check_every_shard_learns(
+                    train_shards.path, train_shards.num_shards, size, upper.unroll_steps
+                )
         self.phases = Phases(device)
         self.bad_steps = BadSteps(config.run.max_bad_steps)
 

@@ -103,6 +103,10 @@ def test_a_gpu_that_is_not_there(train):
     assert "has no GPU: this machine shows 0" in train(device="cuda")
 
 
+def test_an_unroll_that_would_leave_rows_without_a_weight(train):
+    assert "same 2 of 4 shards" in train(unroll_steps=2)
+
+
 def test_a_model_folder_that_is_none(train, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
     message = train(reward_model=tmp_path)
