@@ -280,20 +280,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--base_url", required=True, help="of the server, such as http://localhost:8000/v1")
     add("--model", required=True, help="what the server calls the model")
     add("--n", type=int, default=8, help="candidates a question (default: 8)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.7,
-        help="0: the likeliest token (default: 0.7)",
-    )
+    add("--temperature", type=float, default=0.7, help="0: the likeliest token (default: 0.7)")
     add("--max_tokens", type=int, default=2048, help="longest candidate (default: 2048)")
     add("--concurrency", type=int, default=16, help="requests at a time (default: 16)")
-    add(
-        "--retries",
-        type=int,
-        default=6,
-        help="times a failed request is sent again (default: 6)",
-    )
+    add("--retries", type=int, default=6, help="times a failed request is sent again (default: 6)")
     add("--timeout", type=float, default=600.0, help="seconds to wait for an answer (default: 600)")
     add("--image_root", type=Path, help="where image paths start (default: the file's folder)")
     prices = "of a million tokens read and a million written, to print the cost"
