@@ -353,8 +353,8 @@ def deepspeed_config(config: TrainConfig, device: torch.device, largest: int) ->
         if key in settings:
             raise ValueError(f"{file}: {key} belongs to the configuration; leave it out")
     zero = settings["zero_optimization"]
-    if zero["overlap_comm"]:
+    if zero.get("overlap_comm"):
         # The gradient of a parameter that is larger than the bucket DeepSpeed reduces on a stream
         # of its own, and gives its memory away meanwhile.
-        zero["reduce_bucket_size"] = max(zero["reduce_bucket_size"], largest)
+        zero["reduce_bucket_size"] = max(zero.get("reduce_bucket_size", 0), largest)
     return settings | owned
