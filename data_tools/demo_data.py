@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dreamprm_dist.solutions import SYSTEM_PROMPT
@@ -261,6 +262,17 @@ def make_demo_data(
         "first_candidate": float(np.mean([record["true_false"][0] for record in test])),
         "oracle": float(np.mean([any(record["true_false"]) for record in test])),
     }
+
+
+def noise_auc(data: Path, scores: Sequence[float]) -> float:
+    """How well a score tells clean instances from flipped ones: 0.5 not at all, 1 fully.
+
+    Args:
+        data: folder that `make_demo_data` wrote.
+        scores: one a training record, in their order; higher for clean.
+    """
+    truth = json.loads((data / "truth.json").read_text())
+    return float(roc_auc_score([not record["flipped"] for record in truth], scores))
 
 
 def main() -> None:

@@ -10,16 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import roc_auc_score
 
-from data_tools.demo_data import make_demo_data
+from data_tools.demo_data import make_demo_data, noise_auc
 from dreamprm_dist.best_of_n import clustered_bootstrap
 from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
 from dreamprm_dist.data.shards import ShardFolder
@@ -49,19 +47,19 @@ class Demo:
         cold_start = self._train("cold_start", "demo_cold_start", "train", self.out / "base")
         self._train("baseline", "demo_baseline", "train", cold_start)
         self._train("baseline_plus_meta", "demo_baseline", "train_plus_meta", cold_start)
-        noise_auc = {}
+        scores = {}
         for name in WEIGHTED:
             self._train(name, f"demo_{name}", "train", cold_start)
-            noise_auc[name] = self._noise_auc(self._weights(name))
-        noise_auc["small_loss"] = self._noise_auc(-self._instance_losses(cold_start))
+            scores[name] = self._weights(name)
+        scores["small_loss"] = -self._instance_losses(cold_start)
         if self.shuffled_meta:
             self._train("shuffled_meta", "demo_instance_table", "train", cold_start)
-            noise_auc["shuffled_meta"] = self._noise_auc(self._weights("shuffled_meta"))
+            scores["shuffled_meta"] = self._weights("shuffled_meta")
         results = self._evaluate()
         summary = {
             "seed": self.seed,
             "seconds": round(time.monotonic() - start, 1),
-            "noise_auc": noise_auc,
+            "noise_auc": {name: noise_auc(self.out / "data", s) for name, s in scores.items()},
         } | pooled([results])
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         self._python("report", LAUNCH / "report.py", self.out)
@@ -147,10 +145,9 @@ class Demo:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             sys.exit(f"{tail}\nerror: stage {stage} failed with exit code {code}; see {log}")
 
-    def _weights(self, name: str) -> list[float]:
-        return pd.read_parquet(self.out / name / "export" / "instance_weights.parquet")[
-            "weight"
-        ].tolist()
+    def _weights(self, name: str) -> np.ndarray:
+        weights = pd.read_parquet(self.out / name / "export" / "instance_weights.parquet")
+        return weights["weight"].to_numpy()
 
     @torch.no_grad()
     def _instance_losses(self, model: Path) -> np.ndarray:
@@ -172,11 +169,6 @@ class Demo:
                 )
                 losses[[r["sample_id"] for r in records]] = values
         return losses
-
-    def _noise_auc(self, scores: Sequence[float]) -> float:
-        """How well a score tells clean instances from flipped ones: 0.5 not at all, 1 fully."""
-        truth = json.loads((self.out / "data" / "truth.json").read_text())
-        return float(roc_auc_score([not t["flipped"] for t in truth], scores))
 
 
 def pooled(runs: list[dict]) -> dict:

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
-from sklearn.metrics import roc_auc_score
 from standin import write_results
 
+from data_tools.demo_data import noise_auc
 from dreamprm_dist.best_of_n import clustered_bootstrap
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -67,12 +67,6 @@ def train(demo: Path, out: Path, row_update: str, iterations: int) -> Path:
     return folder / "export"
 
 
-def noise_auc(demo: Path, export: Path) -> float:
-    truth = json.loads((demo / "data" / "truth.json").read_text())
-    weights = pd.read_parquet(export / "instance_weights.parquet")["weight"]
-    return float(roc_auc_score([not t["flipped"] for t in truth], weights))
-
-
 def of_seed(demo: Path, out: Path, row_updates: list[str]) -> dict:
     """Noise AUC and right picks of all runs of a seed."""
     out.mkdir(parents=True, exist_ok=True)
@@ -87,8 +81,9 @@ def of_seed(demo: Path, out: Path, row_updates: list[str]) -> dict:
         *("--output_dir", out / "evaluation", "--precision", "fp32"),
     )
     results = json.loads((out / "evaluation" / "results.json").read_text())
+    weights = {e.parent.name: pd.read_parquet(e / "instance_weights.parquet") for e in exports}
     return {
-        "noise_auc": {export.parent.name: noise_auc(demo, export) for export in exports},
+        "noise_auc": {n: noise_auc(demo / "data", w["weight"]) for n, w in weights.items()},
         "correct": {name: r["selected_correct"]["mean"] for name, r in results["prms"].items()},
         "images": results["question_images"],
     }

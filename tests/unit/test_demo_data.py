@@ -11,7 +11,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
 
-from data_tools.demo_data import KINDS, SOLUTIONS_PER_QUESTION, TILE_SIZE, make_demo_data
+from data_tools.demo_data import (
+    KINDS,
+    SOLUTIONS_PER_QUESTION,
+    TILE_SIZE,
+    make_demo_data,
+    noise_auc,
+)
 from data_tools.demo_model import Pretraining, build_tiny_model, data_texts
 from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, parse_training_record
 from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
@@ -157,6 +163,14 @@ def test_default_size_leaves_room_for_best_of_four(tmp_path: Path) -> None:
     # 720 questions: two standard errors are 3.2 and 3.5 points, around 25 % and 68 %.
     assert 0.21 < figures["first_candidate"] < 0.30
     assert 0.64 < figures["oracle"] < 0.73
+
+
+def test_noise_auc_is_of_clean_over_flipped(tmp_path: Path) -> None:
+    flipped = [True, False, False, True]
+    (tmp_path / "truth.json").write_text(json.dumps([{"flipped": f} for f in flipped]))
+    assert noise_auc(tmp_path, [0.1, 0.9, 0.8, 0.2]) == 1
+    # Of the four pairs of a clean and a flipped one, three in order and one not.
+    assert noise_auc(tmp_path, [0.1, 0.3, 0.8, 0.5]) == 0.75
 
 
 def test_model_folder_loads_again(tiny_prm_dir: Path) -> None:
