@@ -29,6 +29,8 @@ SOLUTIONS_PER_QUESTION = 4
 # worse than training solutions, so that the first is right in 1 of 4 and Best-of-4 has room.
 TRAIN_ERRORS = (0.45, 0.33, 0.14, 0.08)
 TEST_ERRORS = (0.25, 0.45, 0.20, 0.10)
+# Half of a meta question's solutions are right, so that its answers favour no side.
+META_ERRORS = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.60, 0.25, 0.15))
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,8 @@ def make_demo_data(
     meta = []
     for i, index in enumerate(split["meta"]):
         kind = KINDS[i % len(KINDS)]
-        for _ in range(SOLUTIONS_PER_QUESTION):
-            solution = draw(index, kind, TRAIN_ERRORS)
+        for number in range(SOLUTIONS_PER_QUESTION):
+            solution = draw(index, kind, META_ERRORS[number % 2])
             meta.append(
                 {
                     "id": f"digit{index}-{kind.name}",

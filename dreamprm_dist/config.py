@@ -162,6 +162,9 @@ class UpperConfig:
     loss_target: Literal["+", "both"] = flag(
         "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."
     )
+    meta_error: Literal["squared", "absolute"] = flag(
+        "squared", "Error of the meta loss; absolute bears wrong answers in the meta set better."
+    )
     score_over: Literal["vocabulary", "pair"] = flag(
         "vocabulary", "Step scores of the meta loss: softmax over all words, or over + and -."
     )

@@ -76,11 +76,16 @@ def meta_losses(
     aggregation: str,
     loss_target: Literal["+", "both"],
     score_over: ScoreOver = "vocabulary",
+    error: Literal["squared", "absolute"] = "squared",
 ) -> Tensor:
     """Upper-level loss of each solution: how wrong its aggregated score is about its answer.
 
     `+`: (aggregate of P(+) - y)^2 with y = 1 for a right answer, else 0.
     `both`: (aggregate of P(the right sign) - 1)^2, the right sign being `+` for a right answer.
+    `absolute` takes the absolute value in place of the square. It is linear in the score, so that
+    wrong answers in the meta set cancel right ones ("Robust Loss Functions under Label Noise for
+    Deep Neural Networks", arXiv 1712.09482), while the square of answers at random still pulls
+    every score to their mean.
 
     Args:
         logits: (n, vocabulary) at every step of the B solutions.
@@ -99,4 +104,5 @@ def meta_losses(
         scores = torch.where(true_false[step_rows] > 0.5, plus, minus)
         goal = torch.ones_like(true_false)
     padded, mask = pad_steps(scores, step_rows, len(true_false))
-    return (aggregate(aggregation, padded, mask) - goal).square()
+    difference = aggregate(aggregation, padded, mask) - goal
+    return difference.abs() if error == "absolute" else difference.square()

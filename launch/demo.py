@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data_tools.demo_data import make_demo_data, noise_auc
+from data_tools.demo_data import SOLUTIONS_PER_QUESTION, make_demo_data, noise_auc
 from dreamprm_dist.best_of_n import clustered_bootstrap
 from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
 from dreamprm_dist.data.shards import ShardFolder
@@ -72,13 +72,11 @@ class Demo:
         both = records["train"] + records["meta"]
         (data / "train_plus_meta.json").write_text(json.dumps(both))
         if self.shuffled_meta:
-            order = torch.randperm(
-                len(records["meta"]), generator=torch.Generator().manual_seed(self.seed)
-            )
-            answers = [records["meta"][i]["true_false"] for i in order.tolist()]
+            # Of each question's two right and two wrong solutions one each is turned: answers that
+            # say nothing, neither in all nor about a single question.
             shuffled = [
-                record | {"true_false": answer}
-                for record, answer in zip(records["meta"], answers, strict=True)
+                record | {"true_false": record["true_false"] ^ (i % SOLUTIONS_PER_QUESTION < 2)}
+                for i, record in enumerate(records["meta"])
             ]
             (data / "meta_shuffled.json").write_text(json.dumps(shuffled))
         seed = ["--seed", str(self.seed)]

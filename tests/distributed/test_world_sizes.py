@@ -50,6 +50,7 @@ OPTIONS = {
     "window_all": "--unroll_window all",
     "rollback": "--rollback",
     "pair": "--score_over pair --loss_target +",
+    "absolute": "--meta_error absolute",
     "net_probabilities": "--reweighter instance_net --activation_function sigmoid --meta_lr 0.02",
     "net_representation": "--reweighter instance_net --instance_net_input representation "
     "--activation_function Clip --weight_min 0 --meta_lr 0.02",

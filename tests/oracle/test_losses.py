@@ -46,7 +46,8 @@ def test_step_scores_are_over_the_whole_vocabulary_or_the_pair():
 
 
 @pytest.mark.parametrize("right", [(1.0, 0.0), (0.0, 1.0)])
-def test_meta_loss_targets(right):
+@pytest.mark.parametrize("error, power", [("squared", 2), ("absolute", 1)])
+def test_meta_loss_targets(right, error, power):
     true_false = torch.tensor(right, dtype=torch.float64)
     steps = ([0, 1], [2])
     plus = [sum(probability(i, 1) for i in own) / len(own) for own in steps]
@@ -55,10 +56,30 @@ def test_meta_loss_targets(right):
         for own, y in zip(steps, right, strict=True)
     ]
     arguments = (LOGITS, STEP_ROWS, true_false, LABELS, "mean")
-    expected = [(s - y) ** 2 for s, y in zip(plus, right, strict=True)]
-    torch.testing.assert_close(meta_losses(*arguments, "+").tolist(), expected)
-    expected = [(s - 1) ** 2 for s in signed]
-    torch.testing.assert_close(meta_losses(*arguments, "both").tolist(), expected)
+    expected = [abs(s - y) ** power for s, y in zip(plus, right, strict=True)]
+    found = meta_losses(*arguments, "+", error=error)
+    torch.testing.assert_close(found.tolist(), expected)
+    expected = [(1 - s) ** power for s in signed]
+    found = meta_losses(*arguments, "both", error=error)
+    torch.testing.assert_close(found.tolist(), expected)
+
+
+@pytest.mark.parametrize("loss_target", ["+", "both"])
+def test_answers_at_random_pull_no_score_under_the_absolute_error(loss_target):
+    def pull(error: str) -> torch.Tensor:
+        """Gradient of the meta loss of both answers, each half of the time."""
+        logits = LOGITS.clone().requires_grad_()
+        loss = sum(
+            meta_losses(
+                *(logits, STEP_ROWS, torch.full((2,), y, dtype=torch.float64), LABELS),
+                *("mean", loss_target, "pair", error),
+            ).sum()
+            for y in (0.0, 1.0)
+        )
+        return torch.autograd.grad(loss, logits)[0]
+
+    assert pull("absolute").abs().max() < 1e-15
+    assert pull("squared").abs().max() > 1e-2
 
 
 class LargestOutput(TorchDispatchMode):
