@@ -12,7 +12,7 @@ import yaml
 
 from dreamprm_dist import distributed
 from dreamprm_dist.checkpoint import Checkpoint, newest_checkpoint, say
-from dreamprm_dist.config import BATCH_FLAGS, TrainConfig
+from dreamprm_dist.config import BATCH_FLAGS, TrainConfig, parse_train_config
 from dreamprm_dist.data.sampler import check_divisible
 from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
 from dreamprm_dist.data.shards import ShardFolder, file_sha256
@@ -52,7 +52,9 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
     folder, may_resume = metrics.parent, config.run.resume == "auto"
     checkpoint = newest_checkpoint(folder) if may_resume else None
     if checkpoint is not None:
-        saved = checkpoint.state["settings"]
+        # A flag that is younger than the checkpoint is at its default there.
+        defaults = parse_train_config([]).as_dict()
+        saved = {name: defaults.get(name) for name in settings} | checkpoint.state["settings"]
         for name in {**settings, **saved}:
             if saved.get(name) != settings.get(name):
                 raise ValueError(
