@@ -2,9 +2,10 @@
 
     python -m data_tools.demo_data --out DIR --seed S
 
-writes `train.json` (noisy), `meta.json` (clean), `test.json` (candidates for Best-of-N), their
-`images/*.png`, `split.json` (which digits went where) and `truth.json` (which training records
-are flipped, for the report only: training never reads it).
+writes `train.json` (noisy), `meta.json` (clean), `meta_shuffled.json` (a control whose answers say
+nothing), `test.json` (candidates for Best-of-N), their `images/*.png`, `split.json` (which digits
+went where) and `truth.json` (which training records are flipped, for the report only: training
+never reads it).
 """
 
 import argparse
@@ -237,6 +238,12 @@ def make_demo_data(
                 }
             )
 
+    # Of a question's two right and two wrong solutions one each is turned.
+    meta_shuffled = [
+        record | {"true_false": record["true_false"] ^ (i % SOLUTIONS_PER_QUESTION < 2)}
+        for i, record in enumerate(meta)
+    ]
+
     test = []
     questions = rng.permutation(TEST_DIGITS * len(KINDS))[:num_test].tolist()
     for pair in tqdm(questions, desc="test questions", leave=False):
@@ -256,7 +263,8 @@ def make_demo_data(
             }
         )
 
-    files = {"train": train, "meta": meta, "test": test, "truth": truth, "split": split}
+    files = {"train": train, "meta": meta, "meta_shuffled": meta_shuffled, "test": test}
+    files |= {"truth": truth, "split": split}
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     return {

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data_tools.demo_data import SOLUTIONS_PER_QUESTION, make_demo_data, noise_auc
+from data_tools.demo_data import make_demo_data, noise_auc
 from dreamprm_dist.best_of_n import clustered_bootstrap
 from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
 from dreamprm_dist.data.shards import ShardFolder
@@ -71,26 +71,15 @@ class Demo:
         records = {n: json.loads((data / f"{n}.json").read_text()) for n in ("train", "meta")}
         both = records["train"] + records["meta"]
         (data / "train_plus_meta.json").write_text(json.dumps(both))
-        if self.shuffled_meta:
-            # Of each question's two right and two wrong solutions one each is turned: answers that
-            # say nothing, neither in all nor about a single question.
-            shuffled = [
-                record | {"true_false": record["true_false"] ^ (i % SOLUTIONS_PER_QUESTION < 2)}
-                for i, record in enumerate(records["meta"])
-            ]
-            (data / "meta_shuffled.json").write_text(json.dumps(shuffled))
         seed = ["--seed", str(self.seed)]
         self._python(
             "base", "-m", "data_tools.demo_model", "--data", data, "--out", self.out / "base", *seed
         )
-        for name in ("train", "train_plus_meta", "meta", "meta_shuffled"):
-            source = data / f"{name}.json"
-            if source.exists():
-                kind = "--meta" if name.startswith("meta") else "--train"
-                shards = self.out / "shards" / name
-                self._python(
-                    f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", shards
-                )
+        control = ("meta_shuffled",) if self.shuffled_meta else ()
+        for name in ("train", "train_plus_meta", "meta", *control):
+            kind = "--meta" if name.startswith("meta") else "--train"
+            source, shards = data / f"{name}.json", self.out / "shards" / name
+            self._python(f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", shards)
 
     def _train(self, name: str, recipe: str, train: str, start_from: Path) -> Path:
         """A training run on two ranks; returns its export."""

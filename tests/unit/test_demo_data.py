@@ -90,6 +90,17 @@ def test_meta_records_are_clean_and_half_of_a_question_s_four_right(tiny_data_di
         assert split_steps(record["response"]) == steps
 
 
+def test_the_control_s_meta_answers_say_nothing(tiny_data_dir: Path) -> None:
+    meta, shuffled = read(tiny_data_dir, "meta"), read(tiny_data_dir, "meta_shuffled")
+    pairs = Counter(
+        (one["id"], one["true_false"], other["true_false"])
+        for one, other in zip(meta, shuffled, strict=True)
+    )
+    assert len(pairs) == 8 * 4 and set(pairs.values()) == {1}
+    for one, other in zip(meta, shuffled, strict=True):
+        assert one == other | {"true_false": one["true_false"]}
+
+
 def test_candidates_are_judged_by_their_answer(tiny_data_dir: Path) -> None:
     test = read(tiny_data_dir, "test")
     assert len(test) == 12
