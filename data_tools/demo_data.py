@@ -2,7 +2,7 @@
 
     python -m data_tools.demo_data --out DIR --seed S
 
-writes `train.json` (noisy), `meta.json` (clean), `meta_shuffled.json` (a control whose answers say
+writes `train.json` (noisy), `meta.json` (clean), `shuffled_meta.json` (a control whose answers say
 nothing), `test.json` (candidates for Best-of-N), their `images/*.png`, `split.json` (which digits
 went where) and `truth.json` (which training records are flipped, for the report only: training
 never reads it).
@@ -30,7 +30,8 @@ SOLUTIONS_PER_QUESTION = 4
 # worse than training solutions, so that the first is right in 1 of 4 and Best-of-4 has room.
 TRAIN_ERRORS = (0.45, 0.33, 0.14, 0.08)
 TEST_ERRORS = (0.25, 0.45, 0.20, 0.10)
-# Half of a meta question's solutions are right, so that its answers favour no side.
+# Of the meta solutions, in turn: half are right, so that their answers favour no side, and the
+# wrong ones err as those of training do.
 META_ERRORS = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.60, 0.25, 0.15))
 
 
@@ -238,8 +239,8 @@ def make_demo_data(
                 }
             )
 
-    # Of a question's two right and two wrong solutions one each is turned.
-    meta_shuffled = [
+    # The first two solutions of a question, a right and a wrong one, exchange their answers.
+    shuffled_meta = [
         record | {"true_false": record["true_false"] ^ (i % SOLUTIONS_PER_QUESTION < 2)}
         for i, record in enumerate(meta)
     ]
@@ -263,7 +264,7 @@ def make_demo_data(
             }
         )
 
-    files = {"train": train, "meta": meta, "meta_shuffled": meta_shuffled, "test": test}
+    files = {"train": train, "meta": meta, "shuffled_meta": shuffled_meta, "test": test}
     files |= {"truth": truth, "split": split}
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -163,7 +163,7 @@ class UpperConfig:
         "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."
     )
     meta_error: Literal["squared", "absolute"] = flag(
-        "squared", "Error of the meta loss; absolute bears wrong answers in the meta set better."
+        "squared", "Error of the meta loss; with absolute and loss_target + random answers cancel."
     )
     score_over: Literal["vocabulary", "pair"] = flag(
         "vocabulary", "Step scores of the meta loss: softmax over all words, or over + and -."

@@ -80,18 +80,21 @@ def meta_losses(
 ) -> Tensor:
     """Upper-level loss of each solution: how wrong its aggregated score is about its answer.
 
-    `+`: (aggregate of P(+) - y)^2 with y = 1 for a right answer, else 0.
-    `both`: (aggregate of P(the right sign) - 1)^2, the right sign being `+` for a right answer.
-    `absolute` takes the absolute value in place of the square. It is linear in the score, so that
-    wrong answers in the meta set cancel right ones ("Robust Loss Functions under Label Noise for
-    Deep Neural Networks", arXiv 1712.09482), while the square of answers at random still pulls
-    every score to their mean.
+    `+`: error of (aggregate of P(+) - y) with y = 1 for a right answer, else 0.
+    `both`: error of (aggregate of P(the right sign) - 1), the right sign being `+` for a right
+    answer.
+
+    Under the square, answers at random pull every score to their mean. Where the losses of the two
+    answers add up to a constant, a wrong one cancels a right one: the condition of "Robust Loss
+    Functions under Label Noise for Deep Neural Networks" (arXiv 1712.09482). That holds for the
+    absolute error of `+`, and of `both` over the pair with a linear aggregation (mean, last).
 
     Args:
         logits: (n, vocabulary) at every step of the B solutions.
         step_rows: (n,) the solution each step belongs to.
         true_false: (B,) 1 where the final answer is right, else 0.
         score_over: what P is taken over, see `step_scores`.
+        error: the square of the difference, as in the reference implementation, or its size.
 
     Returns:
         (B,).

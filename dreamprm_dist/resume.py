@@ -52,9 +52,7 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
     folder, may_resume = metrics.parent, config.run.resume == "auto"
     checkpoint = newest_checkpoint(folder) if may_resume else None
     if checkpoint is not None:
-        # A flag that is younger than the checkpoint is at its default there.
-        defaults = parse_train_config([]).as_dict()
-        saved = {name: defaults.get(name) for name in settings} | checkpoint.state["settings"]
+        saved = _with_younger_flags(checkpoint.state["settings"], settings)
         for name in {**settings, **saved}:
             if saved.get(name) != settings.get(name):
                 raise ValueError(
@@ -93,7 +91,16 @@ def fit_to_ranks(
 
 def _is_same_run(config: TrainConfig, file: Path) -> bool:
     """Whether a run folder's `config.yaml` is that of `config`, but for what may change."""
-    return file.is_file() and _fixed(yaml.safe_load(file.read_text())) == _fixed(config.as_dict())
+    if not file.is_file():
+        return False
+    settings = _fixed(config.as_dict())
+    return _with_younger_flags(_fixed(yaml.safe_load(file.read_text())), settings) == settings
+
+
+def _with_younger_flags(saved: dict, settings: dict) -> dict:
+    """What was saved, and what `settings` has beyond: flags that came later, at their defaults."""
+    defaults = parse_train_config([]).as_dict()
+    return {name: defaults.get(name) for name in settings} | saved
 
 
 def _fixed(settings: dict) -> dict:

@@ -322,7 +322,7 @@ class BilevelTrainer:
             upper.aggregation_function,
             upper.loss_target,
             upper.score_over,
-            upper.meta_error,
+            error=upper.meta_error,
         )
 
     def _estimate(self, batch: Batch, v: Mapping[str, Tensor]) -> tuple[Observation, Observation]:

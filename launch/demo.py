@@ -75,15 +75,15 @@ class Demo:
         self._python(
             "base", "-m", "data_tools.demo_model", "--data", data, "--out", self.out / "base", *seed
         )
-        control = ("meta_shuffled",) if self.shuffled_meta else ()
+        control = ("shuffled_meta",) if self.shuffled_meta else ()
         for name in ("train", "train_plus_meta", "meta", *control):
-            kind = "--meta" if name.startswith("meta") else "--train"
+            kind = "--train" if name.startswith("train") else "--meta"
             source, shards = data / f"{name}.json", self.out / "shards" / name
             self._python(f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", shards)
 
     def _train(self, name: str, recipe: str, train: str, start_from: Path) -> Path:
         """A training run on two ranks; returns its export."""
-        meta = "meta_shuffled" if name == "shuffled_meta" else "meta"
+        meta = name if name == "shuffled_meta" else "meta"
         run = self.out / name
         self._on_ranks(
             *(name, "train.py"),

@@ -19,7 +19,7 @@ METHODS = {
     "instance_net": ("Instance net", "trained on, a small network gives the weights", GREEN),
     "domain_table": ("Domain table", "trained on, a learned weight a data set", ORANGE),
     "small_loss": ("Small loss", "ranked by the cold start's loss, without meta data", GREY),
-    "shuffled_meta": ("Shuffled meta", "control: meta answers that say nothing", GREY),
+    "shuffled_meta": ("Shuffled meta", "control: the meta set's answers shuffled", GREY),
     "oracle": ("Oracle", "right whenever a candidate is", GREY),
 }
 # Text stays text, so that the page's CSS gives it a font and a colour for light and dark.

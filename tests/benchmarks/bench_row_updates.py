@@ -6,7 +6,8 @@
 Trains the demo's table, from the cold starts that `make demo-seeds` left, for the demo's iterations
 and for three times as many, with each row update; then compares Best-of-N accuracy, pooled over
 seeds. Not a part of `make bench`: three updates and three seeds take more than an hour on two
-cores. A run that has ended is not repeated.
+cores. A run that has ended is not repeated: remove its folder when the demo or its recipe has
+changed.
 """
 
 import argparse

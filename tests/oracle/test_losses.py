@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import instance_losses, meta_losses, step_scores
@@ -64,15 +65,21 @@ def test_meta_loss_targets(right, error, power):
     torch.testing.assert_close(found.tolist(), expected)
 
 
-@pytest.mark.parametrize("loss_target", ["+", "both"])
-def test_answers_at_random_pull_no_score_under_the_absolute_error(loss_target):
+CANCELS = [("+", over, name) for over in ("vocabulary", "pair") for name in AGGREGATIONS]
+CANCELS += [("both", "pair", name) for name in ("mean", "last")]
+
+
+@pytest.mark.parametrize("loss_target, score_over, aggregation", CANCELS)
+def test_answers_at_random_pull_no_score_under_the_absolute_error(
+    loss_target, score_over, aggregation
+):
     def pull(error: str) -> torch.Tensor:
         """Gradient of the meta loss of both answers, each half of the time."""
         logits = LOGITS.clone().requires_grad_()
         loss = sum(
             meta_losses(
                 *(logits, STEP_ROWS, torch.full((2,), y, dtype=torch.float64), LABELS),
-                *("mean", loss_target, "pair", error),
+                *(aggregation, loss_target, score_over, error),
             ).sum()
             for y in (0.0, 1.0)
         )

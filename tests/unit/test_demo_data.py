@@ -91,7 +91,7 @@ def test_meta_records_are_clean_and_half_of_a_question_s_four_right(tiny_data_di
 
 
 def test_the_control_s_meta_answers_say_nothing(tiny_data_dir: Path) -> None:
-    meta, shuffled = read(tiny_data_dir, "meta"), read(tiny_data_dir, "meta_shuffled")
+    meta, shuffled = read(tiny_data_dir, "meta"), read(tiny_data_dir, "shuffled_meta")
     pairs = Counter(
         (one["id"], one["true_false"], other["true_false"])
         for one, other in zip(meta, shuffled, strict=True)

@@ -1,8 +1,9 @@
-"""Whether a checkpoint is the same run's."""
+"""Whether a checkpoint or a run folder is the same run's."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dreamprm_dist import resume
 from dreamprm_dist.checkpoint import Checkpoint
@@ -20,3 +21,17 @@ def test_a_flag_that_a_checkpoint_does_not_know_was_at_its_default(tmp_path: Pat
         resume.checkpoint_to_resume(config, settings | {"meta_error": "absolute"}, metrics)
     with pytest.raises(ValueError, match=r"with lr = 0\.001, but now it is 0\.002"):
         resume.checkpoint_to_resume(config, settings | {"lr": 2e-3}, metrics)
+
+
+def test_a_run_without_a_checkpoint_may_be_older_than_a_flag_too(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(resume, "newest_checkpoint", lambda folder: None)
+    older = parse_train_config(["--lr", "1e-3"]).as_dict()
+    del older["meta_error"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.touch()
+    same = parse_train_config(["--lr", "1e-3"])
+    assert resume.checkpoint_to_resume(same, {}, metrics) is None
+    for flags in (["--lr", "1e-3", "--meta_error", "absolute"], ["--lr", "2e-3"]):
+        with pytest.raises(ValueError, match="already holds a run"):
+            resume.checkpoint_to_resume(parse_train_config(flags), {}, metrics)
