@@ -50,7 +50,7 @@ OPTIONS = {
     "window_all": "--unroll_window all",
     "rollback": "--rollback",
     "pair": "--score_over pair --loss_target +",
-    "absolute": "--meta_error absolute",
+    "absolute": "--meta_error absolute --loss_target +",
     "net_probabilities": "--reweighter instance_net --activation_function sigmoid --meta_lr 0.02",
     "net_representation": "--reweighter instance_net --instance_net_input representation "
     "--activation_function Clip --weight_min 0 --meta_lr 0.02",
@@ -140,6 +140,8 @@ def plain_torch_run(
     window_all: bool = False,
     rollback: bool = False,
     by_question: bool = False,
+    loss_target: str = "both",
+    meta_error: str = "squared",
 ) -> dict:
     """The run written out in plain PyTorch: dense table, no ranks, one backward an instance."""
     torch.set_num_threads(1)
@@ -179,7 +181,8 @@ def plain_torch_run(
                 meta_batch.true_false,
                 label_ids,
                 "mean",
-                "both",
+                loss_target,
+                error=meta_error,
             )
             v = torch.autograd.grad(values.mean(), parameters, materialize_grads=True)
             directions.append(torch.cat([t.flatten() for t in v]))
@@ -221,6 +224,7 @@ def plain_torch_run(
         ("one_window_all", {"window_all": True}),
         ("one_rollback", {"rollback": True}),
         ("one_by_question", {"by_question": True}),
+        ("one_absolute", {"loss_target": "+", "meta_error": "absolute"}),
     ],
 )
 def test_one_rank_is_the_run_in_plain_pytorch(
