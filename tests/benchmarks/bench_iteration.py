@@ -4,9 +4,11 @@
 
 One rank, float32, a model with InternVL3-1B's proportions, images of several tiles. An iteration
 of K lower steps stands against K plain steps on as large a batch; medians over interleaved repeats.
-`iteration_ratio.k1_all` cannot be below 2.67 by the operations: a plain step is a forward and a
-backward pass (3), and the iteration adds those of the meta batch (3) and a forward pass with its
-tangents (2); less for a `hypergradient_scope`, which also spares the meta batch's backward pass.
+By multiplications alone `iteration_ratio.k1_all` would be 3 and `k4_all` 1.5: a plain step is a
+forward and a backward pass (1 + 2), and the iteration adds those of the meta batch (3) and a
+forward pass with its tangents (3, as both factors of a product move). The optimizer's share of a
+plain step makes them less, and so does a `hypergradient_scope`, which also spares the meta batch's
+backward pass.
 """
 
 import argparse
