@@ -53,10 +53,10 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
     checkpoint = newest_checkpoint(folder) if may_resume else None
     if checkpoint is not None:
         saved = _with_younger_flags(checkpoint.state["settings"], settings)
-        for name in {**settings, **saved}:
-            if saved.get(name) != settings.get(name):
+        for name, value in saved.items():
+            if value != settings.get(name):
                 raise ValueError(
-                    f"{checkpoint.path} was made with {name} = {saved.get(name)}, but now it is "
+                    f"{checkpoint.path} was made with {name} = {value}, but now it is "
                     f"{settings.get(name)}; set it back, or choose another weights_path for a new "
                     "run"
                 )
