@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple, NoReturn
@@ -75,20 +76,26 @@ def naming_lost_ranks() -> Iterator[None]:
         if _roll_call is None or "gloo" not in str(error):
             raise
         timeout = dist.distributed_c10d.default_pg_timeout
-        if "imed out" in str(error):  # then the others are here soon; else after their own timeout
-            timeout = min(timeout, timedelta(minutes=1))
+        patience = min(timeout, timedelta(minutes=1))
+        if "imed out" not in str(error):  # a lost connection: others wait out their timeout first
+            patience += timeout
         raise RankLostError(
-            f"rank {rank()} waited for the others in vain: {_absent(timeout)}; look at that rank's "
-            "log and machine, then start again to go on from the last checkpoint"
+            f"rank {rank()} waited for the others in vain: {_absent(patience)}; look at that "
+            "rank's log and machine, then start again to go on from the last checkpoint"
         ) from error
 
 
-def _absent(timeout: timedelta) -> str:
+def _absent(patience: timedelta) -> str:
     """Who does not answer: rank 0 waits for a sign of every other rank, and these for its reply."""
+    end = time.monotonic() + patience.total_seconds()
+
+    def wait(message: dist.Work) -> None:
+        message.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))  # 0 would have no end
+
     if rank():
         try:
-            dist.send(torch.zeros(1), 0, _roll_call)
-            dist.irecv(torch.zeros(1), 0, _roll_call).wait(timeout)
+            wait(dist.isend(torch.zeros(1), 0, _roll_call))
+            wait(dist.irecv(torch.zeros(1), 0, _roll_call))
         except RuntimeError:
             return "rank 0 does not answer, or has ended since another one does not"
     else:
@@ -100,7 +107,7 @@ def _absent(timeout: timedelta) -> str:
                 missing.append(other)
         for other, sign in signs.items():
             try:
-                sign.wait(timeout)
+                wait(sign)
             except RuntimeError:
                 missing.append(other)
         if missing:
