@@ -6,6 +6,7 @@ SHA-256, so that a run of the same job goes on from it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -48,18 +49,23 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
         dies, which is how a killed run's folder is told from a live one's.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    for old in sorted(out_dir.parent.glob(f"{out_dir.name}.old-*")):
-        if out_dir.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:  # killed between the two renames of `move_into_place`
-            old.rename(out_dir)
-    refuse_existing(out_dir, overwrite)
     work = work_folder(out_dir)
-    work.mkdir(exist_ok=True)
     try:
         lock = _lock(work)
     except BlockingIOError:
         raise ValueError(f"{out_dir}: another run is writing it; wait for its end.") from None
+    try:  # only now, for another run may have finished a moment ago
+        for old in sorted(out_dir.parent.glob(f"{out_dir.name}.old-*")):
+            if out_dir.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:  # killed between the two renames of `move_into_place`
+                old.rename(out_dir)
+        refuse_existing(out_dir, overwrite)
+    except (ValueError, OSError):
+        with contextlib.suppress(OSError):  # it holds what a killed run has finished
+            work.rmdir()
+        os.close(lock)
+        raise
     if _read_note(work / _JOB) != job:
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -68,13 +74,19 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
 
 
 def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    """Make the folder where it is not, and lock it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the run that had it has just removed it
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
 
 
 def make_once(path: Path, note: Path, make: Callable[[Path], dict]) -> dict:

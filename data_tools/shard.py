@@ -137,7 +137,11 @@ def cached_shards(
         name += "-" + hashlib.sha256(os.fsencode(Path(image_root).resolve())).hexdigest()[:8]
     folder = source.parent / ".shards" / name
     if not (folder / MANIFEST).is_file():
-        shard_file(source, folder, kind, num_shards, image_root)
+        try:
+            shard_file(source, folder, kind, num_shards, image_root)
+        except ValueError:
+            if not (folder / MANIFEST).is_file():  # else another run has finished in between
+                raise
     return folder
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data_tools.folders as folders
 import data_tools.shard as shard_module
 import data_tools.shard_pieces as pieces
 import dreamprm_dist.data.schema as schema
@@ -97,6 +98,25 @@ def test_a_folder_killed_between_the_two_renames_comes_back(train, tmp_path):
     with pytest.raises(ValueError, match="--overwrite"):
         shard_file(train, out, "training", 3)
     assert tree(out) == before and [p.name for p in tmp_path.glob("out*")] == ["out"]
+
+
+def test_a_run_that_ends_just_before_another_one_starts_is_not_replaced(
+    train, tmp_path, monkeypatch
+):
+    out, flock = tmp_path / "out", folders.fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        """The other run's whole life, between opening the work folder and locking it."""
+        monkeypatch.setattr(folders.fcntl, "flock", flock)
+        folders.work_folder(out).rmdir()
+        shard_file(train, out, "training", 2)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(folders.fcntl, "flock", late)
+    with pytest.raises(ValueError, match="already holds shards"):
+        shard_file(train, out, "training", 5)
+    assert ShardFolder(out).num_shards == 2
+    assert [p.name for p in tmp_path.glob("out*")] == ["out"]
 
 
 def test_a_live_run_is_not_disturbed(train, tmp_path):
@@ -248,9 +268,11 @@ def test_the_command_killed_and_started_again(tmp_path, moment, workers):
     command = [sys.executable, "-m", "data_tools.shard", "--train", str(source)]
     command += ["--out", str(out), "--num_shards", "20", "--workers", workers]
     process = subprocess.Popen(command, cwd=REPO)
-    deadline = time.monotonic() + 60
-    while not list(out.glob(moment)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while not list(out.glob(moment)):
         assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert [p.name for p in out.iterdir()] == ["train.partial"]
