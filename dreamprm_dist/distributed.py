@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+JOIN_TIMEOUT = timedelta(minutes=10)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _before: dict[str, str | None] = {}  # what the environment had where we have set a variable
@@ -54,18 +55,31 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
+        store, rank, world_size = _meet(max(timeout, JOIN_TIMEOUT))
         # DeepSpeed makes groups of its own, with torch's default.
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
-        if not use_cuda:  # NCCL's own watchdog ends a rank that has waited too long
-            _roll_call = dist.new_group(backend="gloo", timeout=timeout)
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            **{"timeout": timeout, "store": store, "rank": rank, "world_size": world_size},
+        )
+        _roll_call = dist.new_group(backend="gloo", timeout=timeout)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Wait until all ranks are there: they do not start at once, and collectives wait for less."""
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)], timeout)
+    return store, rank, world_size
 
 
 @contextlib.contextmanager
 def naming_lost_ranks() -> Iterator[None]:
     """Within the block a collective of gloo that a rank did not come to fails with its name.
+
+    Of NCCL's collectives its own watchdog ends a rank that has waited too long.
 
     Raises:
         RankLostError: in place of the collective's own error.
@@ -308,4 +322,13 @@ def broadcast_text(text: str) -> str:
     """Rank 0's text on every rank."""
     box = [text]
     dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def text_of_long_work(work: Callable[[], str]) -> str:
+    """What `work` returns on rank 0, on every rank; collective_timeout does not end the waiting."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    box = [work() if rank() == 0 else ""]
+    dist.broadcast_object_list(box, src=0, group=group)
+    dist.destroy_process_group(group)
     return box[0]

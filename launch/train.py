@@ -13,16 +13,15 @@ from dreamprm_dist.trainer import BilevelTrainer
 
 def open_shards(path: str, kind: str, config) -> ShardFolder:
     """The shards at `path`; a raw JSON file is sharded into a cache first, by rank 0."""
-    source = Path(path)
-    if source.is_file():
+    if Path(path).is_file():
         from data_tools.shard import cached_shards
 
-        if distributed.rank() == 0:
-            source = cached_shards(source, kind, config.num_shards, config.image_root)
-        source = Path(distributed.broadcast_text(str(source)))
-    shards = ShardFolder(source)
+        path = distributed.text_of_long_work(
+            lambda: str(cached_shards(path, kind, config.num_shards, config.image_root))
+        )
+    shards = ShardFolder(Path(path))
     if shards.kind != kind:
-        raise ValueError(f"{source} holds {shards.kind} shards where {kind} shards are needed")
+        raise ValueError(f"{path} holds {shards.kind} shards where {kind} shards are needed")
     return shards
 
 
