@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_iteration.py [--out bench.json]
 
 One rank, float32, a model with InternVL3-1B's proportions, images of several tiles. An iteration
-of K lower steps stands against K plain steps on as large a batch; medians over interleaved repeats.
+of K lower steps stands against K plain steps on the same batches, without their loading, just
+before it; medians over interleaved repeats.
 By multiplications alone `iteration_ratio.k1_all` would be 3 and `k4_all` 1.5: a plain step is a
 forward and a backward pass (1 + 2), and the iteration adds those of the meta batch (3) and a
 forward pass with its tangents (3, as both factors of a product move). The optimizer's share of a
@@ -22,8 +23,9 @@ from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_trainer,
 
 from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
+from dreamprm_dist.trainer import BilevelTrainer
 
-REPEATS = 5
+REPEATS = 7
 BATCH_SIZE = 4
 MODES = {
     "k1_all": (),
@@ -33,24 +35,19 @@ MODES = {
 }
 
 
-def measure(trainer, num_iterations: int) -> tuple[list[float], list[float], list[dict]]:
-    """Seconds of K plain steps, of an iteration, and of its phases, `num_iterations` times."""
+def measure(trainer: BilevelTrainer, repeat: int) -> tuple[float, float, dict[str, float]]:
+    """Seconds of K plain steps, of an iteration on the same batches, and of its phases."""
     steps = trainer.config.upper.unroll_steps
-    lower = trainer._stream(trainer.train_batches, 2 * steps * num_iterations)
-    meta = trainer._stream(trainer.meta_batches, num_iterations)
-    plain, bilevel, phases = [], [], []
-    for _ in range(num_iterations):
-        start = time.perf_counter()
-        for _ in range(steps):
-            batches = trainer._to_device(next(lower))
-            trainer.engine.lower_step(batches, lambda output, losses, b: torch.ones(len(b)))
-        middle = time.perf_counter()
-        trainer.phases.take()
-        trainer.iteration(lower, meta)
-        plain.append(middle - start)
-        bilevel.append(time.perf_counter() - middle)
-        phases.append(trainer.phases.take())
-    return plain, bilevel, phases
+    window = list(trainer._stream(trainer.train_batches, (repeat + 1) * steps, repeat * steps))
+    meta = list(trainer._stream(trainer.meta_batches, repeat + 1, repeat))
+    start = time.perf_counter()
+    for batches in window:
+        batches = trainer._to_device(batches)
+        trainer.engine.lower_step(batches, lambda output, losses, b: torch.ones(len(b)))
+    middle = time.perf_counter()
+    trainer.phases.take()
+    trainer.iteration(iter(window), iter(meta))
+    return middle - start, time.perf_counter() - middle, trainer.phases.take()
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def main() -> None:
         samples: dict[str, list] = {name: [] for name in trainers}
         for repeat in range(REPEATS + 1):
             for name, trainer in trainers.items():
-                (sample,) = zip(*measure(trainer, 1), strict=True)
+                sample = measure(trainer, repeat)
                 if repeat:  # the first one warms up
                     samples[name].append(sample)
         for name in MODES:
