@@ -9,12 +9,17 @@ from pathlib import Path
 # on busy cores threads wait for each other for minutes. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 
 from data_tools.demo_data import make_demo_data
 from data_tools.demo_model import data_texts, make_tiny_model
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
+
+# How long an example takes says nothing but how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def ranks(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> list[dict]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, worker, out, tiny_prm_dir, tiny_shards, variants]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False
+        list(map(str, command)), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -126,7 +126,7 @@ def runs(tmp_path_factory, tiny_prm_dir: Path, shard_folders: dict[str, Path]) -
             variant["shards"] = str(shard_folders[variant.get("shards", "all_images")])
         arguments = [worker, out, tiny_prm_dir, json.dumps(variants)]
         command = [sys.executable, *map(str, [*launcher, *arguments])]
-        return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
     with ThreadPoolExecutor() as pool:
         for done in pool.map(spawn, *zip(*VARIANTS.items(), strict=True)):

@@ -32,7 +32,7 @@ def command(
 
 def evaluate(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
     line, env = command(*arguments, processes=processes)
-    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=900)
 
 
 def lines(path: Path) -> list[dict]:

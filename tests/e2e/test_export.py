@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def export(*flags: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "launch" / "export.py", *flags]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900)
 
 
 def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from started_run import free_port
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from data_tools.convert import main as convert
@@ -313,8 +313,9 @@ def test_a_run_killed_in_the_middle(server, command, tmp_path):
     kept = journal.read_bytes()
     with journal.open("ab") as file:
         file.write(b'{"id": "q0", "sample": 0, "resp')  # as if it had died while writing
-    time.sleep(0.3)  # what was under way
-    answered = len(server.answered)
+    answered = -1
+    while answered < (answered := len(server.answered)):  # what was under way
+        time.sleep(1)
     main(command)
     rows = lines(tmp_path / "out" / "candidates.jsonl")
     check_all_there(rows)
@@ -373,9 +374,7 @@ def transformers_serve(tmp_path):
     name = str(tmp_path / "model")
     Qwen2ForCausalLM(config).save_pretrained(name)
     tokenizer.save_pretrained(name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", name]
     process = subprocess.Popen([*command, "--port", str(port), "--device", "cpu"])
     try:

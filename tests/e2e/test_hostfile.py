@@ -66,7 +66,7 @@ def test_two_hosts(environment, tmp_path: Path, tiny_shards: Path, tiny_prm_dir:
             *("--meta_json_file", tiny_shards / "meta", "--iteration_num", "2"),
         ],
         **{"env": environment, "cwd": tmp_path, "capture_output": True, "text": True},
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -106,7 +106,7 @@ def command(*flags: object, processes: int = 1) -> list[str]:
 
 def score(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
     line = command(*flags, processes=processes)
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+    return subprocess.run(line, capture_output=True, text=True, timeout=900)
 
 
 def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path: Path) -> None:

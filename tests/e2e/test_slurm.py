@@ -1,5 +1,6 @@
 """The batch scripts on a real Slurm: one controller and two nodes, all on this machine."""
 
+import contextlib
 import getpass
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from started_run import FLAGS, ITERATIONS
+from started_run import FLAGS, ITERATIONS, consecutive_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -43,24 +44,11 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.1)
-
-
-def consecutive_ports(count: int) -> list[int]:
-    """Free ones, which Slurm wants for its nodes."""
-    for first in range(17100, 30000, count):
-        with socket.socket() as one, socket.socket() as two, socket.socket() as three:
-            try:
-                for offset, probe in enumerate((one, two, three)):
-                    probe.bind(("127.0.0.1", first + offset))
-            except OSError:
-                continue
-            return list(range(first, first + count))
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +84,7 @@ def slurm(tmp_path_factory) -> Iterator[Callable[..., str]]:
             subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         )
         if command[0] == "munged":
-            wait_until(munge["socket"].exists, "munged did not start", 30)
+            wait_until(munge["socket"].exists, "munged did not start")
 
     def run(*command: str, **variables: Path | str) -> str:
         strings = {name: str(value) for name, value in variables.items()}
@@ -109,8 +97,13 @@ def slurm(tmp_path_factory) -> Iterator[Callable[..., str]]:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def nodes_are_up() -> bool:
+        with contextlib.suppress(AssertionError):  # the controller is not up yet
+            return "idle" in run("sinfo", "-h", "-o", "%A/%t")
+        return False
+
     try:
-        wait_until(lambda: "idle" in run("sinfo", "-h", "-o", "%A/%t"), "no node came up", 60)
+        wait_until(nodes_are_up, "no node came up")
         yield run
     finally:
         for process in reversed(started):

@@ -32,7 +32,7 @@ def test_a_run_under_tensorboard(tmp_path: Path, tiny_shards: Path, tiny_prm_dir
     ]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [str(part) for part in (sys.executable, *launcher, TRAIN, *flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(run / "tensorboard")).Reload()

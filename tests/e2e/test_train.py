@@ -35,7 +35,7 @@ def launch(launcher: list[str], *flags: object) -> subprocess.CompletedProcess:
         [str(part) for part in command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         env=environment,
     )

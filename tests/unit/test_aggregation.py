@@ -44,7 +44,7 @@ def test_one_step_is_its_own_aggregate(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=solutions)
 def test_rows_are_independent_and_within_the_range_of_scores(name: str, rows: list) -> None:
     together = of(name, rows)

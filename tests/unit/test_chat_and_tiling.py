@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -137,7 +137,6 @@ def test_tiles_are_normalised_cuts_of_the_resized_image_to_the_bit(size):
     assert np.array_equal(tiles.numpy(), values.transpose(0, 3, 1, 2))
 
 
-@settings(deadline=None)
 @given(width=st.integers(1, 9000), height=st.integers(1, 9000), max_tiles=st.integers(1, 12))
 def test_a_usable_size_has_the_same_grids_and_is_never_enlarged(width, height, max_tiles):
     small = usable_size(width, height, max_tiles)

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
@@ -26,7 +26,6 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None)  # of busy cores
 @given(rows, st.integers(1, 8))
 def test_expected_accuracies_are_means_over_all_subsets(values: list, n: int) -> None:
     scores, right, answers = zip(*values, strict=True)

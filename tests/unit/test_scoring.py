@@ -119,9 +119,7 @@ def test_every_part_of_the_input_counts(prm, tokenizer) -> None:
         assert other[0] != pytest.approx(base[0][0], rel=100 * TOLERANCE)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(range(len(SOLUTIONS))), st.integers(0, len(SOLUTIONS) - 1))
 def test_order_and_repeated_solutions_change_nothing(prm, tokenizer, order, repeated) -> None:
     base = score(prm, tokenizer)
