@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers import AttentionInterface, InternVLForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 FORWARD_MODE = "forward_mode"
 
@@ -105,8 +106,13 @@ def _forward_mode(
     """Attention as transformers calls it: query (B, H, L, D), key and value (B, H / G, L, D).
 
     There is no mask but the causal one: batches are padded on the right. bf16 is computed in
-    float32, as by SDPA's mathematical kernel.
+    float32, as by SDPA's mathematical kernel. Where nothing moves, as in layers outside of
+    `hypergradient_scope`, a flash kernel will do.
     """
+    if all(forward_ad.unpack_dual(x).tangent is None for x in (query, key, value)):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
+        )
     batch, heads, length, width = query.shape
     causal = module.is_causal if is_causal is None else is_causal
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from dreamprm_dist.prm import attention
 from dreamprm_dist.prm.attention import FORWARD_MODE
 from dreamprm_dist.prm.model import load_prm
 
@@ -30,7 +31,7 @@ def test_values_and_tangents(heads: int, key_heads: int, causal: bool, moving: s
     )
     module = SimpleNamespace(is_causal=causal)
     found = []
-    for attention in (
+    for attend in (
         lambda q, k, v: AttentionInterface()[FORWARD_MODE](module, q, k, v, None, SCALING)[0],
         lambda q, k, v: scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=SCALING, enable_gqa=True
@@ -38,12 +39,24 @@ def test_values_and_tangents(heads: int, key_heads: int, causal: bool, moving: s
     ):
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             moved = {n: forward_ad.make_dual(inputs[n], tangents[n]) for n in moving.split()}
-            output = attention(*(inputs | moved).values())
+            output = attend(*(inputs | moved).values())
             found.append(forward_ad.unpack_dual(output))
     assert found[0].primal.shape == (BATCH, LENGTH, heads, WIDTH)
     # The same sums in another order, of numbers near 1.
     torch.testing.assert_close(found[0].primal, found[1].primal, rtol=0, atol=1e-13)
     torch.testing.assert_close(found[0].tangent, found[1].tangent, rtol=0, atol=1e-13)
+
+
+def test_a_flash_kernel_does_where_nothing_moves(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_Attention", None)
+    query, key, value = (torch.randn(BATCH, h, LENGTH, 8, dtype=torch.float64) for h in (6, 2, 2))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=3)
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found, _ = AttentionInterface()[FORWARD_MODE](module, query, key, value, None, SCALING)
+    expected = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=SCALING, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
 def test_behind_a_frozen_tower_the_projector_is_given_a_tangent(tiny_prm_dir: Path) -> None:
