@@ -42,6 +42,15 @@ def consecutive_ports(count: int) -> list[int]:
             return list(range(first, first + count))
 
 
+def rank_environments(num_ranks: int) -> list[dict[str, str]]:
+    """What a launcher would give to the ranks of a new run on this machine."""
+    shared = {"WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        os.environ | {k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for rank in range(num_ranks)
+    ]
+
+
 class Run:
     """A run in a folder; each start goes on with what the folder holds."""
 
@@ -55,12 +64,8 @@ class Run:
     @contextlib.contextmanager
     def started(self, *flags: str, num_ranks: int = 2) -> Iterator[list[subprocess.Popen]]:
         """The ranks, each in a process group of its own; gone at the end of the block."""
-        port, ranks = free_port(), []
-        for rank in range(num_ranks):
-            environment = os.environ | {
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            }
+        ranks = []
+        for rank, environment in enumerate(rank_environments(num_ranks)):
             command = [sys.executable, TRAIN, *FLAGS, *self.data, *flags]
             log = self.folder / f"log-{rank}"
             ranks.append(self.start_rank([str(part) for part in command], environment, log))

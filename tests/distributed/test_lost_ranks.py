@@ -1,7 +1,6 @@
 """Ranks that wait for each other: one that hangs or is killed is named, one that is late is not."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from started_run import free_port
+from started_run import rank_environments
 
 WORLD_SIZE = 4
 LONG_WORK = """
@@ -27,15 +26,13 @@ distributed.shutdown()
 def started(
     *command: str, world_size: int, seconds_between: float = 0
 ) -> Iterator[list[subprocess.Popen]]:
-    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
     ranks = []
-    for rank in range(world_size):
-        time.sleep(seconds_between if rank else 0)
+    for environment in rank_environments(world_size):
+        time.sleep(seconds_between if ranks else 0)
         ranks.append(
             subprocess.Popen(
                 [sys.executable, *command],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
