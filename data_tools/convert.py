@@ -26,7 +26,7 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
     read_json_records,
 )
-from dreamprm_dist.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT
 
 
 def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:

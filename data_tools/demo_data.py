@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from dreamprm_dist.solutions import SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
 TILE_SIZE = 32  # image side, and the tile size of the demo model: 4 x the 8 x 8 digits
 WIDE_RATE = 0.1  # images of two tiles and a thumbnail; few, as each costs 32 tokens more

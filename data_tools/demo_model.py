@@ -48,8 +48,8 @@ from dreamprm_dist.prm.chat import (
     encode_conversation,
     label_token_ids,
 )
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
-from dreamprm_dist.solutions import SYSTEM_PROMPT
 
 PAD = "<|endoftext|>"
 SPECIAL_TOKENS = [PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT]

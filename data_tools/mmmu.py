@@ -27,8 +27,8 @@ from dreamprm_dist.data.schema import (
     parse_test_record,
     read_json_records,
 )
-from dreamprm_dist.grading import grade
-from dreamprm_dist.solutions import split_steps, steps_conversation
+from dreamprm_dist.evaluation.grading import grade
+from dreamprm_dist.prm.solutions import split_steps, steps_conversation
 
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
 _BATCH_ROWS = 8  # a row may hold seven images of megabytes

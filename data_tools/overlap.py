@@ -30,7 +30,7 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
     read_json_records,
 )
-from dreamprm_dist.solutions import QUESTION_PREFIX, SOLUTION_MARK
+from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK
 
 CHECKS = ("image", "lookalike", "question")
 HASH_SIDE = 16  # 256 bits

@@ -33,7 +33,7 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
 )
 from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
-from dreamprm_dist.solutions import SOLUTION_MARK
+from dreamprm_dist.prm.solutions import SOLUTION_MARK
 
 BLOCK_RECORDS = 256  # what a killed worker loses at most
 BLOCK_BYTES = 64 << 20

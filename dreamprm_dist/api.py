@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.best_of_n import aggregate_candidates, select
 from dreamprm_dist.data.images import decode_image, read_image
+from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
+from dreamprm_dist.evaluation.scoring import score_solutions
 from dreamprm_dist.losses import ScoreOver
 from dreamprm_dist.prm import model as network
-from dreamprm_dist.scoring import score_solutions
-from dreamprm_dist.solutions import split_steps
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
+from dreamprm_dist.prm.solutions import split_steps
 
 ImageLike = str | Path | bytes | Image.Image
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamprm_dist.aggregation import aggregate, pad_steps
+from dreamprm_dist.prm.aggregation import aggregate, pad_steps
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 
 ScoreOver = Literal["vocabulary", "pair"]

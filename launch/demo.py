@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 
 from data_tools.demo_data import make_demo_data, noise_auc
-from dreamprm_dist.best_of_n import clustered_bootstrap
-from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.evaluation.best_of_n import clustered_bootstrap
 from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 
 LAUNCH = Path(__file__).resolve().parent

@@ -20,19 +20,18 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.best_of_n import CandidateScores, aggregate_candidates, judge
-from dreamprm_dist.command import run
-from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import RecordError
-from dreamprm_dist.evaluation import BASICS, compare
-from dreamprm_dist.evaluation_table import text_table
+from dreamprm_dist.evaluation.best_of_n import CandidateScores, aggregate_candidates, judge
+from dreamprm_dist.evaluation.compare import BASICS, compare
+from dreamprm_dist.evaluation.questions import Question, read_meta_questions, read_test_questions
+from dreamprm_dist.evaluation.score_journal import ScoreJournal
+from dreamprm_dist.evaluation.scoring import score_conversations
+from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.evaluation.table import text_table
+from dreamprm_dist.flags import flag, parse_args, run
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
-from dreamprm_dist.questions import Question, read_meta_questions, read_test_questions
-from dreamprm_dist.score_parts import ScoreParts
-from dreamprm_dist.scoring import score_conversations
-from dreamprm_dist.scoring_config import ScoringConfig, prm_name
 
 ON_META = "meta"
 
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizers = {label: load_tokenizer(model) for label, model in models.items()}
     files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
     settings = config.settings(models, files, state.device) | {"image_root": config.image_root}
-    parts = ScoreParts(out / "parts", settings)
+    parts = ScoreJournal(out / "parts", settings)
     done = parts.start(state)
     for label, model in models.items():
         keys = [Key(label, name, i) for name, group in questions.items() for i in group]
@@ -130,7 +129,7 @@ def _score_all(
     tokenizer: PreTrainedTokenizerBase,
     keys: list[Key],
     questions: dict[str, dict[int, Question]],
-    parts: ScoreParts,
+    parts: ScoreJournal,
     state: PartialState,
 ) -> None:
     prm = load_prm(model, config.precision, state.device)
@@ -161,7 +160,7 @@ def _finish(
     models: dict[str, str],
     test: list,
     questions: dict[str, dict[int, Question]],
-    parts: ScoreParts,
+    parts: ScoreJournal,
 ) -> None:
     """Put together what the processes wrote, in the order of the questions, and judge it."""
     scored = parts.read()

@@ -15,11 +15,10 @@ from typing import Literal
 
 import yaml
 
-from dreamprm_dist.command import run
-from dreamprm_dist.config import flag, parse_args
-from dreamprm_dist.export import INSTANCE_WEIGHTS, export_folder, save_model
-from dreamprm_dist.model_card import model_card
+from dreamprm_dist.flags import flag, parse_args, run
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.training.export import INSTANCE_WEIGHTS, export_folder, save_model
+from dreamprm_dist.training.model_card import model_card
 
 
 @dataclass

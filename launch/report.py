@@ -11,7 +11,7 @@ folders give the same bytes.
 import argparse
 from pathlib import Path
 
-from dreamprm_dist.command import run
+from dreamprm_dist.flags import run
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 

@@ -18,12 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dreamprm_dist import PRM
-from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.command import run
-from dreamprm_dist.config import flag, parse_args
 from dreamprm_dist.data.schema import RecordError, parse_scoring_record, read_json_records
-from dreamprm_dist.score_parts import ScoreParts
-from dreamprm_dist.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.evaluation.score_journal import ScoreJournal
+from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.flags import flag, parse_args, run
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 
 @dataclass
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         "aggregation_function": config.aggregation_function,
     }
     output = Path(config.output)
-    parts = ScoreParts(output.with_name(output.name + ".parts"), settings)
+    parts = ScoreJournal(output.with_name(output.name + ".parts"), settings)
     done = parts.start(state)
     left = (each for each in records if each[:1] not in done)
     mine = islice(left, state.process_index, None, state.num_processes)
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     state.destroy_process_group()
 
 
-def _finish(config: ScoreConfig, output: Path, parts: ScoreParts) -> None:
+def _finish(config: ScoreConfig, output: Path, parts: ScoreJournal) -> None:
     """Put together what the processes wrote, in the order of the lines."""
     scored = parts.read()
     unfinished = output.with_name(output.name + ".tmp")

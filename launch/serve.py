@@ -9,9 +9,8 @@ Only this machine can reach it unless `--host` says otherwise; it knows no users
 
 from dataclasses import dataclass
 
-from dreamprm_dist.command import run
-from dreamprm_dist.config import flag, parse_args
-from dreamprm_dist.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.flags import flag, parse_args, run
 
 
 @dataclass

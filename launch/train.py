@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import TrainConfig, parse_train_config
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.trainer import BilevelTrainer
+from dreamprm_dist.training.config import TrainConfig, parse_train_config
+from dreamprm_dist.training.trainer import BilevelTrainer
 
 
 def open_shards(path: str, kind: str, config) -> ShardFolder:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.base import Surroundings
 
 NO_FEATURES = torch.zeros(0, 0)

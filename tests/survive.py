@@ -29,7 +29,7 @@ from started_run import Run, differing_files, export_differences, metric_differe
 from data_tools.demo_data import make_demo_data
 from data_tools.demo_model import data_texts, make_tiny_model
 from data_tools.shard import shard_file
-from dreamprm_dist import trainer  # noqa: F401 (imported here once, and not by every rank)
+from dreamprm_dist.training import trainer  # noqa: F401 (imported here once, and not by every rank)
 
 KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("SEED", "1"))

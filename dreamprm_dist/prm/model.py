@@ -20,7 +20,7 @@ from dreamprm_dist.prm.attention import attention_implementation, forward_mode
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 
 if TYPE_CHECKING:
-    from dreamprm_dist.data.collate import Batch
+    from dreamprm_dist.prm.batch import Batch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -14,10 +14,10 @@ import pandas as pd
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import RecordError
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.solutions import QUESTION_PREFIX
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure, wrap
 from dreamprm_dist.report.runs import Run
 from dreamprm_dist.report.style import decimal, label_of, line_styles
-from dreamprm_dist.solutions import QUESTION_PREFIX
 
 INSTANCES = 4  # shown at each end
 THUMBNAIL = 192  # pixels

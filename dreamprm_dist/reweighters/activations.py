@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamprm_dist.config import UpperConfig
+from dreamprm_dist.training.config import UpperConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor, UpperConfig], Tensor]] = {
     "LeakyReLU": lambda raw, config: F.leaky_relu(raw),

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import UpperConfig
-from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.losses import Observation
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.partition import RowPartition
-from dreamprm_dist.schedules import build_schedule
+from dreamprm_dist.reweighters.schedules import build_schedule
+from dreamprm_dist.training.config import UpperConfig
 
 HISTOGRAM_BINS = 2048
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamprm_dist.config import UpperConfig
-from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.base import Surroundings
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
+from dreamprm_dist.training.config import UpperConfig
 
 
 class DomainTable(ReplicatedReweighter):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 from dreamprm_dist.prm.model import StepOutput
 

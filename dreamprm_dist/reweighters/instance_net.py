@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dreamprm_dist.config import UpperConfig
-from dreamprm_dist.data.collate import Batch
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.base import Surroundings
 from dreamprm_dist.reweighters.features import FEATURES, labelled
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
+from dreamprm_dist.training.config import UpperConfig
 
 
 class InstanceNet(ReplicatedReweighter):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import UpperConfig
-from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.losses import Observation
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.base import Reweighter, Surroundings, weight_statistics
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+from dreamprm_dist.training.config import UpperConfig
 
 
 class InstanceTable(Reweighter):

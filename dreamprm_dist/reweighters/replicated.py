@@ -8,8 +8,8 @@ from torch.autograd import forward_ad
 from torch.optim import AdamW
 
 from dreamprm_dist import distributed
-from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.losses import Observation
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.base import Reweighter, weight_statistics
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import UpperConfig
+from dreamprm_dist.training.config import UpperConfig
 
 
 class DenseAdamW(AdamW):

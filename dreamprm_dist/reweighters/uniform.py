@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.losses import Observation
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.base import Reweighter
 
 

@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dreamprm_dist.aggregation import AGGREGATIONS
 from dreamprm_dist.api import PRM
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 PAGE = Path(__file__).with_name("page.html")
 _DATA_URL = re.compile(r"data:[\w/+.-]*;base64,")

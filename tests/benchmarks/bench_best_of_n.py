@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from standin import QUESTION, STEPS, make_model, png, write_results
 
-from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
+from dreamprm_dist.evaluation.scoring import score_solutions
 from dreamprm_dist.losses import step_scores
+from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM
-from dreamprm_dist.scoring import score_solutions
-from dreamprm_dist.solutions import steps_conversation
+from dreamprm_dist.prm.solutions import steps_conversation
 
 REPEATS = 5
 NUM_CANDIDATES = 8

@@ -151,8 +151,8 @@ def loader_over_bare_decode(folder: ShardFolder, workers: int) -> float:
     import torch
 
     from data_tools.demo_model import train_tokenizer
-    from dreamprm_dist.data.collate import InputFormat
-    from dreamprm_dist.data.loader import RankBatches
+    from dreamprm_dist.prm.batch import InputFormat
+    from dreamprm_dist.training.loader import RankBatches
 
     tokenizer = train_tokenizer([STEP])
     batches = RankBatches(folder, tokenizer, InputFormat(6), 8, 4, 1, 0, 0, 1)

@@ -28,7 +28,7 @@ from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.hypergradient.sama import adam_derivative
 from dreamprm_dist.losses import Observation, instance_losses
-from dreamprm_dist.trainer import BilevelTrainer
+from dreamprm_dist.training.trainer import BilevelTrainer
 
 DIVISORS = {"small": 8, "large": 4}
 BATCH_SIZE = 8

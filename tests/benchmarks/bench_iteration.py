@@ -23,7 +23,7 @@ from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_trainer,
 
 from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
-from dreamprm_dist.trainer import BilevelTrainer
+from dreamprm_dist.training.trainer import BilevelTrainer
 
 REPEATS = 7
 BATCH_SIZE = 4

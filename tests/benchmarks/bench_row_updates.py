@@ -23,7 +23,7 @@ import yaml
 from standin import write_results
 
 from data_tools.demo_data import noise_auc
-from dreamprm_dist.best_of_n import clustered_bootstrap
+from dreamprm_dist.evaluation.best_of_n import clustered_bootstrap
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RECIPE = LAUNCH / "recipes" / "demo_instance_table.yaml"

@@ -15,11 +15,11 @@ import torch
 from standin import write_results
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import UpperConfig
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.reweighters.base import Surroundings
 from dreamprm_dist.reweighters.instance_table import InstanceTable
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+from dreamprm_dist.training.config import UpperConfig
 
 ROWS = {"1e4": 10**4, "1e6": 10**6, "1.25e7": 12_500_000, "1e8": 10**8}
 RECIPE = "normalized_sgd"

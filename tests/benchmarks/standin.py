@@ -19,11 +19,11 @@ from data_tools.demo_data import conversation
 from data_tools.demo_model import train_tokenizer
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
-from dreamprm_dist.config import parse_train_config
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
-from dreamprm_dist.solutions import SYSTEM_PROMPT
-from dreamprm_dist.trainer import BilevelTrainer
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
+from dreamprm_dist.training.config import parse_train_config
+from dreamprm_dist.training.trainer import BilevelTrainer
 
 QUESTION = "Which of the two angles in the figure is larger, and by how many degrees? " * 2
 STEPS = [f"Step {i}: the angle at this corner is {31 * i} degrees." for i in range(1, 7)]

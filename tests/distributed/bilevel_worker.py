@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dreamprm_dist import distributed, engine
-from dreamprm_dist.config import parse_train_config
-from dreamprm_dist.data import loader
+from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.trainer import BilevelTrainer
+from dreamprm_dist.training import engine, loader
+from dreamprm_dist.training.config import parse_train_config
+from dreamprm_dist.training.trainer import BilevelTrainer
 
 ITERATIONS = 3
 SETTINGS = """

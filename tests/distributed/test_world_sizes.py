@@ -12,12 +12,12 @@ import torch
 from bilevel_worker import ITERATIONS
 
 from data_tools.shard import shard_file
-from dreamprm_dist.data.collate import InputFormat
-from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.losses import instance_losses, meta_losses
+from dreamprm_dist.prm.batch import InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.training.loader import RankBatches
 
 # Sums in float32 in another order differ by about 1e-7 relative, and AdamW, which divides by small
 # second moments, carries that on over 6 lower steps: 4e-7 is seen, and 1e-5 leaves room for other

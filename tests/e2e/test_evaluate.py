@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.demo_model import data_texts, make_tiny_model
-from dreamprm_dist.aggregation import AGGREGATIONS
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "evaluate.py"

@@ -22,7 +22,7 @@ from started_run import (
     metric_differences,
 )
 
-from dreamprm_dist.checkpoint_files import MANIFEST
+from dreamprm_dist.training.checkpoint_files import MANIFEST
 
 
 @pytest.fixture(scope="module")

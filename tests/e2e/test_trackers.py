@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamprm_dist.trackers import Trackers, check_trackers
+from dreamprm_dist.training.trackers import Trackers, check_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
@@ -55,8 +55,8 @@ def test_wandb_stays_offline(tmp_path: Path, monkeypatch) -> None:
 
 def test_nothing_is_imported_without_a_name(tmp_path: Path) -> None:
     code = (
-        "import sys, dreamprm_dist.trainer; from pathlib import Path; "
-        "from dreamprm_dist.trackers import Trackers; "
+        "import sys, dreamprm_dist.training.trainer; from pathlib import Path; "
+        "from dreamprm_dist.training.trackers import Trackers; "
         "t = Trackers(None, Path('.'), {}); t.log({'a': 1.0}, 1); t.close(); "
         "print({'tensorboard', 'wandb', 'mlflow'} & sys.modules.keys())"
     )

@@ -12,9 +12,9 @@ import pytest
 import torch
 from started_run import free_port
 
-from dreamprm_dist.config import parse_train_config
-from dreamprm_dist.metrics import FIELDS
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.training.config import parse_train_config
+from dreamprm_dist.training.metrics import FIELDS
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 FLAGS = [

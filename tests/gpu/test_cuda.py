@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from dreamprm_dist.data.collate import InputFormat
-from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import Observation, instance_losses
+from dreamprm_dist.prm.batch import InputFormat
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.training.loader import RankBatches
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,19 +15,19 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from dreamprm_dist.config import UpperConfig
-from dreamprm_dist.data.collate import Batch, InputFormat
-from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import Observation, instance_losses, meta_losses
+from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.base import Reweighter
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
+from dreamprm_dist.training.config import UpperConfig
+from dreamprm_dist.training.loader import RankBatches
 
 SIZE = 6
 # Two orders of differentiation in float64 agree to about 1e-13; 1e-9 leaves room for the

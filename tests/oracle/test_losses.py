@@ -8,10 +8,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import instance_losses, meta_losses, step_scores
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 from dreamprm_dist.prm.model import PRM
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreamprm_dist.aggregation import AGGREGATIONS, aggregate, pad_steps
+from dreamprm_dist.prm.aggregation import AGGREGATIONS, aggregate, pad_steps
 
 NAMES = sorted(AGGREGATIONS)
 STEPS = [0.5, 0.25, 0.8, 0.4]

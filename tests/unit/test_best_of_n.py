@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.best_of_n import (
+from dreamprm_dist.evaluation.best_of_n import (
     CandidateScores,
     aggregate_candidates,
     clustered_bootstrap,
     judge,
     select,
 )
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 scores_lists = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreamprm_dist.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from dreamprm_dist.checkpoint_files import MANIFEST
-from dreamprm_dist.metrics import cut_back
+from dreamprm_dist.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from dreamprm_dist.training.checkpoint_files import MANIFEST
+from dreamprm_dist.training.metrics import cut_back
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

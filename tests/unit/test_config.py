@@ -7,12 +7,13 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from dreamprm_dist.aggregation import AGGREGATIONS
-from dreamprm_dist.config import UpperConfig, parse_args, parse_train_config, save_config
+from dreamprm_dist.flags import parse_args
 from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.features import FEATURES
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+from dreamprm_dist.training.config import UpperConfig, parse_train_config, save_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 

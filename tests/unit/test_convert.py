@@ -19,7 +19,7 @@ from dreamprm_dist.data.schema import (
     parse_test_record,
     read_json_records,
 )
-from dreamprm_dist.solutions import SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
 REPO = Path(__file__).resolve().parents[2]
 

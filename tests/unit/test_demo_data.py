@@ -22,13 +22,13 @@ from data_tools.demo_model import Pretraining, build_tiny_model, data_texts
 from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, parse_training_record
 from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
 from dreamprm_dist.prm.grid import num_tiles
-from dreamprm_dist.prm.tiling import image_tiles
-from dreamprm_dist.solutions import (
+from dreamprm_dist.prm.solutions import (
     SYSTEM_PROMPT,
     extract_answer,
     split_steps,
     steps_conversation,
 )
+from dreamprm_dist.prm.tiling import image_tiles
 
 
 def read(folder: Path, name: str) -> list[dict]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamprm_dist.grading import grade, parse_choice, parse_open
+from dreamprm_dist.evaluation.grading import grade, parse_choice, parse_open
 
 OPTIONS = ["a red fox", "a blue whale", "10 km", "100 km"]
 

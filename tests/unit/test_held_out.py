@@ -7,7 +7,7 @@ import torch
 
 from dreamprm_dist.data.held_out import hold_out
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.whole_passes import mean_loss
+from dreamprm_dist.training.full_pass import mean_loss
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import torch
 from reweighting import NO_FEATURES, batch_of, surroundings
 from torch import Tensor
 
-from dreamprm_dist.config import UpperConfig
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.reweighters import InstanceTable, partition
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+from dreamprm_dist.training.config import UpperConfig
 
 ROWS = [4, 3, 3]  # sample IDs 0 to 9 in 3 shards
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-from dreamprm_dist.export import save_model
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT, label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.training.export import save_model
 
 TILE, PATCH, WIDTH, HEADS, LAYERS, TEXT_WIDTH = 16, 4, 32, 4, 2, 24
 

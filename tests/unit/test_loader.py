@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreamprm_dist.data.collate import Batch, InputFormat, collate
-from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.losses import meta_losses
+from dreamprm_dist.prm.batch import Batch, InputFormat, collate
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
+from dreamprm_dist.training.loader import RankBatches
 
 
 @pytest.fixture(scope="module")

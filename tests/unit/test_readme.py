@@ -7,8 +7,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from dreamprm_dist.config import TrainConfig, parse_train_config
-from dreamprm_dist.metrics import FIELDS
+from dreamprm_dist.training.config import TrainConfig, parse_train_config
+from dreamprm_dist.training.metrics import FIELDS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

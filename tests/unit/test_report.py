@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from dreamprm_dist.best_of_n import CandidateScores
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.evaluation import compare
+from dreamprm_dist.evaluation.best_of_n import CandidateScores
+from dreamprm_dist.evaluation.compare import compare
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 from dreamprm_dist.report.runs import MOST_POINTS, Run

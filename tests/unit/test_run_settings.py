@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dreamprm_dist import resume
-from dreamprm_dist.checkpoint import Checkpoint
-from dreamprm_dist.config import parse_train_config
+from dreamprm_dist.training import resume
+from dreamprm_dist.training.checkpoint import Checkpoint
+from dreamprm_dist.training.config import parse_train_config
 
 
 def test_a_flag_that_a_checkpoint_does_not_know_was_at_its_default(tmp_path: Path, monkeypatch):

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreamprm_dist.data.collate import InputFormat, collate, encode_instance
 from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.evaluation.scoring import score_solutions
 from dreamprm_dist.losses import step_scores
+from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
-from dreamprm_dist.scoring import score_solutions
-from dreamprm_dist.solutions import steps_conversation
+from dreamprm_dist.prm.solutions import steps_conversation
 
 QUESTION = "What is it?"
 SOLUTIONS = [

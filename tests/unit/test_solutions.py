@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamprm_dist.solutions import (
+from dreamprm_dist.prm.solutions import (
     QUESTION_PREFIX,
     SYSTEM_PROMPT,
     extract_answer,

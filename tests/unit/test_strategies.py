@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import parse_train_config
-from dreamprm_dist.engine import deepspeed_config
+from dreamprm_dist.training.config import parse_train_config
+from dreamprm_dist.training.engine import deepspeed_config
 
 INTERNVL3_1B_HEAD = 151_674 * 896
 

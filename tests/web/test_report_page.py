@@ -9,8 +9,8 @@ import pytest
 import yaml
 from browser import NEEDS_BROWSER, framed, probed, visit
 
-from dreamprm_dist.best_of_n import CandidateScores
-from dreamprm_dist.evaluation import compare
+from dreamprm_dist.evaluation.best_of_n import CandidateScores
+from dreamprm_dist.evaluation.compare import compare
 from dreamprm_dist.report.overview import write_run_report
 
 pytestmark = NEEDS_BROWSER

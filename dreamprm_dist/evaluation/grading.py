@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from dreamprm_dist.solutions import answer_line
+from dreamprm_dist.prm.solutions import answer_line
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_LITERAL = 10_000  # characters of an answer that is read as a Python list

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.collate import Batch, InputFormat, Instance, collate, encode_instance
 from dreamprm_dist.data.held_out import RowSubset
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.preemption import leave_signals_to_the_rank
+from dreamprm_dist.prm.batch import Batch, InputFormat, Instance, collate, encode_instance
 from dreamprm_dist.prm.chat import encode_conversation
 from dreamprm_dist.prm.grid import num_tiles
+from dreamprm_dist.training.preemption import leave_signals_to_the_rank
 
 
 @dataclass

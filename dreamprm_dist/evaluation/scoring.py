@@ -13,8 +13,8 @@ from dreamprm_dist.losses import ScoreOver, step_scores
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation, label_token_ids
 from dreamprm_dist.prm.model import PRM
 from dreamprm_dist.prm.shared_prefix import step_logits
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
 from dreamprm_dist.prm.tiling import image_tiles
-from dreamprm_dist.solutions import SYSTEM_PROMPT, steps_conversation
 
 
 def score_solutions(

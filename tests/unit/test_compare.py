@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from dreamprm_dist.best_of_n import CandidateScores, clustered_bootstrap, select
 from dreamprm_dist.data.schema import RecordError
-from dreamprm_dist.evaluation import (
+from dreamprm_dist.evaluation.best_of_n import CandidateScores, clustered_bootstrap, select
+from dreamprm_dist.evaluation.compare import (
     compare,
     expected_majority,
     expected_oracle,
     expected_selection,
     step_metrics,
 )
-from dreamprm_dist.evaluation_table import text_table
-from dreamprm_dist.questions import Question, read_meta_questions, read_test_questions
+from dreamprm_dist.evaluation.questions import Question, read_meta_questions, read_test_questions
+from dreamprm_dist.evaluation.table import text_table
 
 rows = st.lists(
     st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from("AB")), min_size=1, max_size=6

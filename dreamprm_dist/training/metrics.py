@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dreamprm_dist.trackers import Trackers
+from dreamprm_dist.training.trackers import Trackers
 
 FIELDS = {
     "iteration": "outer iterations done",

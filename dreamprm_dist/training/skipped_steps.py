@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class BadSteps:
+class SkippedSteps:
     """Counts them and ends the run when they do not cease; the same on all ranks.
 
     Args:

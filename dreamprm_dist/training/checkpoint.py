@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamprm_dist import distributed
-from dreamprm_dist.checkpoint_files import (
+from dreamprm_dist.training.checkpoint_files import (
     clear_leftovers,
     damage,
     files_of,
@@ -39,7 +39,7 @@ from dreamprm_dist.checkpoint_files import (
     remove,
     write_manifest,
 )
-from dreamprm_dist.engine import Engine
+from dreamprm_dist.training.engine import Engine
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"

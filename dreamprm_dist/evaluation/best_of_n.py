@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from dreamprm_dist.aggregation import AGGREGATIONS, aggregate, pad_steps
+from dreamprm_dist.prm.aggregation import AGGREGATIONS, aggregate, pad_steps
 
 
 @dataclass

@@ -23,7 +23,7 @@ EXPECTED = [(False, False, 2), (True, False, 1), (False, True, 1), (True, True, 
 def ranks(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> list[dict]:
     out = tmp_path_factory.mktemp("bad_steps")
     variants = json.dumps({name: flags.split() for name, flags in VARIANTS.items()})
-    worker = Path(__file__).with_name("bad_steps_worker.py")
+    worker = Path(__file__).with_name("skipped_steps_worker.py")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, worker, out, tiny_prm_dir, tiny_shards, variants]
     done = subprocess.run(

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 from torch import Tensor
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
-from dreamprm_dist.config import TrainConfig
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.model_card import model_card
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.chat import CHAT_TEMPLATE
 from dreamprm_dist.prm.model import PRM
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD
+from dreamprm_dist.training.config import TrainConfig
+from dreamprm_dist.training.model_card import model_card
 
 INSTANCE_WEIGHTS = "instance_weights.parquet"
 

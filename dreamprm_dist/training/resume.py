@@ -11,11 +11,11 @@ from pathlib import Path
 import yaml
 
 from dreamprm_dist import distributed
-from dreamprm_dist.checkpoint import Checkpoint, newest_checkpoint, say
-from dreamprm_dist.config import BATCH_FLAGS, TrainConfig, parse_train_config
 from dreamprm_dist.data.sampler import check_divisible
 from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
 from dreamprm_dist.data.shards import ShardFolder, file_sha256
+from dreamprm_dist.training.checkpoint import Checkpoint, newest_checkpoint, say
+from dreamprm_dist.training.config import BATCH_FLAGS, TrainConfig, parse_train_config
 
 # Settings in which a resumed run may differ from the one it goes on with. Data are compared by
 # content and not by where they lie, batch sizes by the global ones.

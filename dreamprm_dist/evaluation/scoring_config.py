@@ -10,8 +10,8 @@ import torch
 from accelerate import PartialState
 
 from dreamprm_dist.api import PRM
-from dreamprm_dist.config import flag
 from dreamprm_dist.data.shards import file_sha256
+from dreamprm_dist.flags import flag
 
 # Processes finish at different times, for images have different sizes; the default of ten minutes
 # would end long work at its last barrier.

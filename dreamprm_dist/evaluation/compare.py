@@ -13,7 +13,7 @@ from math import comb
 import numpy as np
 import pandas as pd
 
-from dreamprm_dist.best_of_n import (
+from dreamprm_dist.evaluation.best_of_n import (
     CandidateScores,
     aggregate_candidates,
     bootstrap_intervals,

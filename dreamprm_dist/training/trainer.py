@@ -25,27 +25,27 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from dreamprm_dist import distributed
-from dreamprm_dist.bad_steps import BadSteps
-from dreamprm_dist.checkpoint import load_checkpoint, save_checkpoint
-from dreamprm_dist.config import TrainConfig, save_config
-from dreamprm_dist.data.collate import Batch, InputFormat
 from dreamprm_dist.data.held_out import RowSubset, hold_out
-from dreamprm_dist.data.loader import RankBatches
 from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.engine import Engine, LowerStep
-from dreamprm_dist.export import export_folder, export_prm, export_weights
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.losses import Observation, instance_losses, meta_losses
-from dreamprm_dist.metrics import MetricsWriter, Phases, cut_back, peak_memory_bytes
-from dreamprm_dist.preemption import StopRequest
+from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import StepOutput, load_prm, load_tokenizer
-from dreamprm_dist.resume import checkpoint_to_resume, fit_to_ranks, run_settings
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Surroundings
-from dreamprm_dist.trackers import Trackers
-from dreamprm_dist.whole_passes import mean_loss, raw_weights_now
+from dreamprm_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from dreamprm_dist.training.config import TrainConfig, save_config
+from dreamprm_dist.training.engine import Engine, LowerStep
+from dreamprm_dist.training.export import export_folder, export_prm, export_weights
+from dreamprm_dist.training.full_pass import mean_loss, raw_weights_now
+from dreamprm_dist.training.loader import RankBatches
+from dreamprm_dist.training.metrics import MetricsWriter, Phases, cut_back, peak_memory_bytes
+from dreamprm_dist.training.preemption import StopRequest
+from dreamprm_dist.training.resume import checkpoint_to_resume, fit_to_ranks, run_settings
+from dreamprm_dist.training.skipped_steps import SkippedSteps
+from dreamprm_dist.training.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
@@ -136,7 +136,7 @@ class BilevelTrainer:
                     train_shards.path, train_shards.num_shards, size, upper.unroll_steps
                 )
         self.phases = Phases(device)
-        self.bad_steps = BadSteps(config.run.max_bad_steps)
+        self.skipped_steps = SkippedSteps(config.run.max_bad_steps)
 
     def _batches(
         self,
@@ -213,7 +213,7 @@ class BilevelTrainer:
                     written = {}
                     shown = (k for k in ("lower_loss", "meta_loss") if k in metrics)
                     progress.set_postfix({k: f"{metrics[k]:.3f}" for k in shown})
-                self.bad_steps.end_iteration(iteration)
+                self.skipped_steps.end_iteration(iteration)
                 if saving:
                     written |= self._save(iteration, validation)
                 if stopping:
@@ -273,7 +273,7 @@ class BilevelTrainer:
         values["meta_lr"] = self.reweighter.lr
         with self.phases("upper"):
             values["hypergradient_squared_norm"] = squared_norm = self.reweighter.step()
-        self.bad_steps.note(bool(squared_norm.isnan()))
+        self.skipped_steps.note(bool(squared_norm.isnan()))
         if before is not None:
             self.engine.restore(before)
             for micro_batches in window:
@@ -287,7 +287,7 @@ class BilevelTrainer:
         lr = self.engine.lr
         with self.phases("lower"):
             step = self.engine.lower_step(micro_batches, self._weigh)
-        self.bad_steps.note(not step.applied)
+        self.skipped_steps.note(not step.applied)
         return {"lr": lr, "lower": step}
 
     def _hypergradient(
@@ -385,7 +385,7 @@ class BilevelTrainer:
         return metrics | {
             "samples_per_second": instances * since / sum(seconds.values()),
             **seconds,
-            "bad_steps": self.bad_steps.take(),
+            "bad_steps": self.skipped_steps.take(),
             "peak_memory_gib": float(distributed.all_reduce_max(peak)) / 2**30,
         }
 

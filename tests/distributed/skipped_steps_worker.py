@@ -1,6 +1,6 @@
 """Runs with NaN and infinite values on rank 1 under a launcher; saves what each rank then held.
 
-    torchrun --nproc_per_node 2 bad_steps_worker.py OUT MODEL SHARDS VARIANTS
+    torchrun --nproc_per_node 2 skipped_steps_worker.py OUT MODEL SHARDS VARIANTS
 
 VARIANTS is JSON: a name to its flags.
 """
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from dreamprm_dist import distributed, engine
-from dreamprm_dist.config import parse_train_config
+from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.trainer import BilevelTrainer
+from dreamprm_dist.training import engine
+from dreamprm_dist.training.config import parse_train_config
+from dreamprm_dist.training.trainer import BilevelTrainer
 
 # What is wrong in each iteration, from the very first step on.
 POISONS = ["lower", "meta", "infinite", "none"]

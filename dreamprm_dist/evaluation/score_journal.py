@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 
-class ScoreParts:
+class ScoreJournal:
     """A folder with the scores of each question by its key, a tuple of texts and numbers.
 
     Args:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dreamprm_dist import distributed
-from dreamprm_dist.config import TrainConfig
-from dreamprm_dist.data.collate import Batch
-from dreamprm_dist.engine_files import CheckpointWriter, make_universal
 from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
-from dreamprm_dist.schedules import build_schedule
+from dreamprm_dist.reweighters.schedules import build_schedule
+from dreamprm_dist.training.config import TrainConfig
+from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
 
 # DeepSpeed's shared-memory collectives for CPUs are compiled at the first start, want AVX, and hang
 # when a rank dies; gloo does without all three.
@@ -32,7 +32,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 CHECKPOINT_TAG = "state"
-DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 @dataclass

@@ -12,8 +12,13 @@ from dreamprm_dist.data.schema import (
     parse_test_record,
     read_json_records,
 )
-from dreamprm_dist.grading import parse_choice
-from dreamprm_dist.solutions import SOLUTION_MARK, extract_answer, split_steps, steps_conversation
+from dreamprm_dist.evaluation.grading import parse_choice
+from dreamprm_dist.prm.solutions import (
+    SOLUTION_MARK,
+    extract_answer,
+    split_steps,
+    steps_conversation,
+)
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dreamprm_dist import distributed
-from dreamprm_dist.data.collate import Batch
 from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.reweighters.base import Reweighter
 

@@ -1,0 +1,1 @@
+"""Evaluation: questions, grading, scoring, Best-of-N and the comparison of PRMs."""

@@ -1,0 +1,104 @@
+"""Command lines: dataclass defaults < YAML recipe < flags, and how a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Section = TypeVar("Section")
+
+
+def flag(default, help: str, aliases: Sequence[str] = ()):
+    """A dataclass field that is a command-line flag; `aliases` are other spellings of it."""
+    metadata = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_args(
+    config_classes: tuple[type[Section], ...], argv: Sequence[str] | None, description: str
+) -> tuple[Section, ...]:
+    """Read `--config recipe.yaml` (any number of them, later ones win), then the flags.
+
+    Returns:
+        One instance of each of `config_classes`.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong kind or an unreadable recipe.
+        SystemExit: from argparse, for `--help` and for what is wrong on the command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        config_classes,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], help="YAML recipe; flags override what it says."
+    )
+    known = {
+        option.lstrip("-"): action.dest
+        for action in parser._actions
+        for option in action.option_strings
+    }
+    files = parser.parse_known_args(argv)[0].config
+    # Recipe values go through argparse as flags before the real ones, so that both are read and
+    # refused by the same rules.
+    recipe_argv = [item for file in files for item in _recipe_flags(Path(file), known)]
+    _refuse_unknown_flags(argv, known)
+    namespace = parser.parse_args(recipe_argv + argv)
+    return tuple(
+        cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})
+        for cls in config_classes
+    )
+
+
+def _recipe_flags(file: Path, known: dict[str, str]) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"recipe {file} does not exist; recipes lie in launch/recipes/")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {file} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {file} must hold `flag: value` lines")
+    flags = []
+    for key, value in recipe.items():
+        if key not in known or key in ("config", "help"):
+            raise ValueError(f"recipe {file}: {_unknown(str(key), known)}")
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def _refuse_unknown_flags(argv: Sequence[str], known: dict[str, str]) -> None:
+    for item in argv:
+        name = item.removeprefix("--").split("=")[0]
+        if item.startswith("--") and name not in known:
+            raise ValueError(_unknown(name, known))
+
+
+def _unknown(name: str, known: dict[str, str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"unknown flag {name!r}; the nearest valid one is {nearest!r} (see --help)"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; what is wrong with what it was given is one sentence and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

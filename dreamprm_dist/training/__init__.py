@@ -1,0 +1,1 @@
+"""Training: the algorithm, the run around it, and what a run leaves behind."""
