@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from data_tools.mmmu import join_candidates, write_questions
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.schema import (
     MetaRecord,
-    RecordError,
     parse_meta_record,
     parse_training_record,
     read_json_records,
 )
+from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.flags import run
 from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT
 
 
@@ -113,13 +113,13 @@ def convert_files(
 
     Raises:
         FileNotFoundError: an input is missing.
-        ValueError: two inputs would be the same data set, ``out`` is taken, or nothing converted.
+        InputError: two inputs would be the same data set, ``out`` is taken, or nothing converted.
     """
     names = [path.stem for path in inputs]
     if name_dataset and (twice := {name for name in names if names.count(name) > 1}):
-        raise ValueError(f"several inputs are named {min(twice)}; a data set needs its own name.")
+        raise InputError(f"several inputs are named {min(twice)}; a data set needs its own name.")
     if any(path.resolve() == out.resolve() for path in inputs):
-        raise ValueError(f"{out}: this would overwrite an input; choose another name.")
+        raise InputError(f"{out}: this would overwrite an input; choose another name.")
     with RecordWriter(out, overwrite) as writer:
         for path in inputs:
             root = path.parent if image_root is None else image_root
@@ -209,35 +209,30 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
     args = _parser().parse_args(argv)
     num_unparsed = 0
-    try:
-        if args.command == "mmmu":
-            writer = write_questions(
-                args.source, args.out, args.split, args.image_dir, args.overwrite
-            )
-        elif args.command == "candidates":
-            writer, num_unparsed = join_candidates(
-                args.questions, args.candidates, args.out, args.kind, args.overwrite
-            )
-        else:
-            convert = checked_training
-            if args.command == "raw":
+    if args.command == "mmmu":
+        writer = write_questions(args.source, args.out, args.split, args.image_dir, args.overwrite)
+    elif args.command == "candidates":
+        writer, num_unparsed = join_candidates(
+            args.questions, args.candidates, args.out, args.kind, args.overwrite
+        )
+    else:
+        convert = checked_training
+        if args.command == "raw":
 
-                def convert(record: dict) -> dict:
-                    return convert_raw(record, args.threshold, args.stop_at_first_minus)
+            def convert(record: dict) -> dict:
+                return convert_raw(record, args.threshold, args.stop_at_first_minus)
 
-            elif args.command == "reference" and args.kind == "meta":
-                convert = checked_meta
-            writer = convert_files(
-                args.inputs,
-                args.out,
-                convert,
-                args.command != "reference",
-                args.image_root,
-                not args.no_image_check,
-                args.overwrite,
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        elif args.command == "reference" and args.kind == "meta":
+            convert = checked_meta
+        writer = convert_files(
+            args.inputs,
+            args.out,
+            convert,
+            args.command != "reference",
+            args.image_root,
+            not args.no_image_check,
+            args.overwrite,
+        )
     print(
         f"{args.out}: {writer.num_written} records, {writer.num_rejected} rejected"
         + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
@@ -246,4 +241,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
 TILE_SIZE = 32  # image side, and the tile size of the demo model: 4 x the 8 x 8 digits
@@ -181,7 +182,7 @@ def make_demo_data(
         Figures of what was made: `flipped`, `first_candidate` and `oracle` accuracy (fractions).
     """
     if num_meta % SOLUTIONS_PER_QUESTION or not 0 < num_test <= TEST_DIGITS * len(KINDS):
-        raise ValueError(
+        raise InputError(
             f"num_meta must be a multiple of {SOLUTIONS_PER_QUESTION} and num_test from 1 to "
             f"{TEST_DIGITS * len(KINDS)}; they are {num_meta} and {num_test}"
         )

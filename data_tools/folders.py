@@ -15,19 +15,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dreamprm_dist.data.shards import MANIFEST, file_sha256
+from dreamprm_dist.data.shards import MANIFEST
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import file_sha256, json_line, whole_file, write_whole
 
 _JOB = "job.json"
 
 
 def refuse_existing(out_dir: Path, overwrite: bool) -> None:
-    """Raise ValueError when something is there that must not be replaced."""
+    """Raise InputError when something is there that must not be replaced."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     if not (out_dir / MANIFEST).is_file():
-        raise ValueError(f"{out_dir}: exists and is no shard folder; choose another place.")
+        raise InputError(f"{out_dir}: exists and is no shard folder; choose another place.")
     if not overwrite:
-        raise ValueError(
+        raise InputError(
             f"{out_dir}: already holds shards; leave out their source to keep them, or pass "
             "--overwrite to replace them."
         )
@@ -53,7 +55,7 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
     try:
         lock = _lock(work)
     except BlockingIOError:
-        raise ValueError(f"{out_dir}: another run is writing it; wait for its end.") from None
+        raise InputError(f"{out_dir}: another run is writing it; wait for its end.") from None
     try:  # only now, for another run may have finished a moment ago
         for old in sorted(out_dir.parent.glob(f"{out_dir.name}.old-*")):
             if out_dir.exists():
@@ -61,7 +63,7 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
             else:  # killed between the two renames of `move_into_place`
                 old.rename(out_dir)
         refuse_existing(out_dir, overwrite)
-    except (ValueError, OSError):
+    except (InputError, OSError):
         with contextlib.suppress(OSError):  # it holds what a killed run has finished
             work.rmdir()
         os.close(lock)
@@ -69,7 +71,7 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
     if _read_note(work / _JOB) != job:
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _write_note(work / _JOB, job)
+        write_whole(work / _JOB, json_line(job))
     return work, lock
 
 
@@ -103,10 +105,11 @@ def make_once(path: Path, note: Path, make: Callable[[Path], dict]) -> dict:
     if noted is not None and path.is_file() and file_sha256(path) == noted["sha256"]:
         return noted
     # A name of its own: a killed run's worker may still be writing.
-    unfinished = note.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    noted = {**make(unfinished), "sha256": file_sha256(unfinished)}
-    os.replace(unfinished, path)
-    _write_note(note, noted)
+    own = note.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with whole_file(path, own) as unfinished:
+        noted = {**make(unfinished), "sha256": file_sha256(unfinished)}
+    with whole_file(note, own) as unfinished:
+        unfinished.write_text(json_line(noted))
     return noted
 
 
@@ -115,12 +118,6 @@ def _read_note(path: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _write_note(path: Path, note: dict) -> None:
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    unfinished.write_text(json.dumps(note), encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def move_into_place(finished: Path, out_dir: Path) -> None:

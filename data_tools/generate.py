@@ -37,7 +37,9 @@ except ModuleNotFoundError:
 from data_tools.journal import Journal
 from data_tools.record_files import RecordWriter
 from data_tools.reencode import shard_image
-from dreamprm_dist.data.schema import RecordError, parse_test_record, read_json_records
+from dreamprm_dist.data.schema import parse_test_record, read_json_records
+from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.flags import run
 
 PROMPT = """\
 Solve the problem below, step by step. First write [Reasoning] and your reasoning, with a blank \
@@ -117,7 +119,7 @@ class Asking:
         """Ask for what the journal lacks.
 
         Raises:
-            ValueError: the server is down, or refuses whatever it is asked.
+            InputError: the server is down, or refuses whatever it is asked.
         """
         missing = [want for want in wanted if (want.id, want.sample) not in self.journal.rows]
         todo = iter(missing)
@@ -144,7 +146,7 @@ class Asking:
         except RecordError as error:
             self.rejected.append((want, str(error)))
         except _HOPELESS_SERVER as error:
-            raise ValueError(
+            raise InputError(
                 f"the server refuses ({_shown(error)}); check --model, --base_url and "
                 f"{KEY_VARIABLE}. What has come is kept: run again."
             ) from None
@@ -156,7 +158,7 @@ class Asking:
             self.failed.append((want, _shown(error)))
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:
-                raise ValueError(
+                raise InputError(
                     f"{FAILURES_IN_A_ROW} requests in a row have failed, the last one: "
                     f"{_shown(error)}. What has come is kept: run again when the server is up."
                 ) from None
@@ -184,9 +186,9 @@ class Asking:
                 "completion_tokens": int(usage.completion_tokens) if usage else 0,
             }
         except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError("the answer is no chat completion") from error
+            raise InputError("the answer is no chat completion") from error
         if not isinstance(answer["response"], str) or not answer["response"].strip():
-            raise ValueError("the answer has no text")
+            raise InputError("the answer has no text")
         return answer
 
 
@@ -229,12 +231,12 @@ def generate_file(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: ``out`` is taken, the server cannot be used, or candidates did not come; what
+        InputError: ``out`` is taken, the server cannot be used, or candidates did not come; what
             has come is kept.
     """
     for name, value in {"--n": n, "--concurrency": concurrency}.items():
         if value < 1:
-            raise ValueError(f"{name} must be 1 or more, not {value}.")
+            raise InputError(f"{name} must be 1 or more, not {value}.")
     root = questions.parent if image_root is None else image_root
     writer = RecordWriter(out, overwrite)
     wanted, no_questions = read_wanted(questions, n)
@@ -249,7 +251,7 @@ def generate_file(
         asking = Asking(client, sampling, root, journal)
         asyncio.run(asking.ask_all(wanted, concurrency))
         if asking.failed and not allow_missing:
-            raise ValueError(
+            raise InputError(
                 f"{len(asking.failed)} of {len(wanted)} candidates did not come, the first "
                 f"because: {asking.failed[0][1]}. The others are kept: run again, or with "
                 "--allow_missing."
@@ -291,22 +293,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--allow_missing", action="store_true", help="write out although candidates did not come")
     add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
-    try:
-        writer = generate_file(
-            args.questions,
-            args.out,
-            Sampling(args.model, args.temperature, args.max_tokens),
-            args.n,
-            args.base_url,
-            args.concurrency,
-            args.retries,
-            args.timeout,
-            args.image_root,
-            args.allow_missing,
-            args.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    writer = generate_file(
+        args.questions,
+        args.out,
+        Sampling(args.model, args.temperature, args.max_tokens),
+        args.n,
+        args.base_url,
+        args.concurrency,
+        args.retries,
+        args.timeout,
+        args.image_root,
+        args.allow_missing,
+        args.overwrite,
+    )
     tokens = [0, 0]
     for _, row in read_json_records(args.out):
         tokens[0] += row["prompt_tokens"]
@@ -322,4 +321,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,11 +22,11 @@ from PIL import Image
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import IMAGE_FORMATS, decode_image
 from dreamprm_dist.data.schema import (
-    RecordError,
     parse_meta_record,
     parse_test_record,
     read_json_records,
 )
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.grading import grade
 from dreamprm_dist.prm.solutions import split_steps, steps_conversation
 
@@ -51,7 +51,7 @@ def write_questions(
 
     Raises:
         FileNotFoundError: no such source, or it holds no data.
-        ValueError: it has several splits and ``split`` chooses none of them.
+        InputError: it has several splits and ``split`` chooses none of them.
     """
     image_dir = out.with_name(f"{out.stem}_images") if image_dir is None else image_dir
     prefix = image_prefix(image_dir, out)
@@ -181,7 +181,7 @@ def _chosen(source: Path, split: str | None, names: object) -> str:
     if split is None and len(names) == 1:
         return names[0]
     if split not in names:
-        raise ValueError(f"{source}: choose one of its splits with --split: {', '.join(names)}.")
+        raise InputError(f"{source}: choose one of its splits with --split: {', '.join(names)}.")
     return split
 
 
@@ -207,10 +207,10 @@ def join_candidates(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: ``out`` is taken, or nothing could be joined.
+        InputError: ``out`` is taken, or nothing could be joined.
     """
     if out.resolve() in (questions.resolve(), candidates.resolve()):
-        raise ValueError(f"{out}: this would overwrite an input; choose another name.")
+        raise InputError(f"{out}: this would overwrite an input; choose another name.")
     prefix = image_prefix(questions.parent, out)
     num_unparsed = 0
     with RecordWriter(out, overwrite) as writer:
@@ -277,7 +277,7 @@ def _joined(question: dict, judged: list[tuple[str, bool]], kind: str) -> list[d
     for response, right in judged:
         try:
             conversations = steps_conversation(question["question"], split_steps(response))
-        except ValueError as error:
+        except InputError as error:
             raise RecordError(str(error)) from error
         record = {
             "id": question["id"],

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-import sys
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +24,12 @@ from tqdm import tqdm
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
-    RecordError,
     parse_test_record,
     parse_training_record,
     read_json_records,
 )
+from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.flags import run
 from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK
 
 CHECKS = ("image", "lookalike", "question")
@@ -99,7 +99,7 @@ class Protected:
         """Protect every record of a meta, test or training file.
 
         Raises:
-            ValueError: a record or an image cannot be read: it could not be protected.
+            InputError: a record or an image cannot be read: it could not be protected.
         """
         root = path.parent if image_root is None else image_root
         for line, record in read_json_records(path):
@@ -108,7 +108,7 @@ class Protected:
                 question, images = _question_and_images(record)
                 prints = [_fingerprint(str(root / image), image) for image in images]
             except RecordError as error:
-                raise ValueError(f"{where}: {error}") from error
+                raise InputError(f"{where}: {error}") from error
             self._questions.setdefault(normalised_question(question), where)
             for image in prints:
                 if image.digest not in self._digests:
@@ -168,10 +168,10 @@ def remove_overlap(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a record of ``against`` cannot be read, ``out`` is taken, or nothing is left.
+        InputError: a record of ``against`` cannot be read, ``out`` is taken, or nothing is left.
     """
     if out.resolve() in {path.resolve() for path in (source, *against)}:
-        raise ValueError(f"{out}: this would overwrite an input; choose another name.")
+        raise InputError(f"{out}: this would overwrite an input; choose another name.")
     _fingerprint.cache_clear()  # an earlier call's images may have changed since
     protected = Protected(max_distance)
     root = source.parent if image_root is None else image_root
@@ -229,19 +229,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
-    try:
-        writer = remove_overlap(
-            args.source,
-            args.against,
-            args.out,
-            args.image_root,
-            args.against_image_root,
-            tuple(args.checks),
-            args.max_distance,
-            args.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    writer = remove_overlap(
+        args.source,
+        args.against,
+        args.out,
+        args.image_root,
+        args.against_image_root,
+        tuple(args.checks),
+        args.max_distance,
+        args.overwrite,
+    )
     print(
         f"{args.out}: {writer.num_written} records kept, {writer.num_rejected} removed"
         + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
@@ -249,4 +246,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

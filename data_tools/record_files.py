@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from types import TracebackType
+
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import whole_file
 
 
 def image_prefix(root: Path, out: Path) -> str:
@@ -30,26 +35,32 @@ class RecordWriter:
     counts are `num_written` and `num_rejected`.
 
     Raises:
-        ValueError: the name does not end in .jsonl, or a file is there and ``overwrite`` is false;
+        InputError: the name does not end in .jsonl, or a file is there and ``overwrite`` is false;
             at the end of the block: not a single record was written.
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
-            raise ValueError(f"{self.path}: records are written as JSONL; end the name in .jsonl.")
+            raise InputError(f"{self.path}: records are written as JSONL; end the name in .jsonl.")
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
         for existing in (self.path, self.rejected_path):
             if existing.exists() and not overwrite:
-                raise ValueError(f"{existing}: is there already; pass --overwrite to replace it.")
+                raise InputError(f"{existing}: is there already; pass --overwrite to replace it.")
         self.num_written = self.num_rejected = 0
         self._first_reason = ""
 
     def __enter__(self) -> RecordWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stack = contextlib.ExitStack()
+        # The last one entered appears first: records never without their rejections.
         self._records, self._rejected = (
-            # backslashreplace keeps a rejected id that is no valid Unicode as a JSON escape.
-            _temporary(path).open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+            self._stack.enter_context(
+                # backslashreplace keeps a rejected id that is no valid Unicode as a JSON escape.
+                self._stack.enter_context(whole_file(path)).open(
+                    "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+                )
+            )
             for path in (self.path, self.rejected_path)
         )
         return self
@@ -71,22 +82,15 @@ class RecordWriter:
         self.num_rejected += 1
         self._first_reason = self._first_reason or f"{file}, line {line}: {reason}"
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._records.close()
-        self._rejected.close()
-        if kind is None and self.num_written:
-            for path in (self.rejected_path, self.path):
-                os.replace(_temporary(path), path)
-            return
-        for path in (self.path, self.rejected_path):
-            _temporary(path).unlink()
-        if kind is None:
-            raise ValueError(
-                f"{self.path}: no record to write; "
-                + (f"the first rejection: {self._first_reason}" if self._first_reason else "")
-                + ("" if self._first_reason else "the input holds none.")
-            )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None and not self.num_written:
+            why = f"the first rejection: {self._first_reason}" if self._first_reason else ""
+            empty = InputError(f"{self.path}: no record to write; {why or 'the input holds none.'}")
+            self._stack.__exit__(InputError, empty, None)
+            raise empty
+        self._stack.__exit__(kind, error, traceback)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
-from dreamprm_dist.data.schema import RecordError, read_json_records
+from dreamprm_dist.data.schema import read_json_records
+from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.flags import run
 
 BALANCES = ("final", "steps", "none")
 
@@ -76,13 +77,13 @@ def sample_file(
 
     Raises:
         FileNotFoundError: no such source.
-        ValueError: n is not positive, a class has too few records, or ``out`` is taken.
+        InputError: n is not positive, a class has too few records, or ``out`` is taken.
     """
     source, out = Path(source), Path(out)
     if n < 1:
-        raise ValueError(f"the sample must have 1 record or more, not {n}.")
+        raise InputError(f"the sample must have 1 record or more, not {n}.")
     if out.resolve() == source.resolve():
-        raise ValueError(f"{out}: this would overwrite the input; choose another name.")
+        raise InputError(f"{out}: this would overwrite the input; choose another name.")
     prefix = image_prefix(source.parent, out)
     strata: dict[str, dict[str, list[int]]] = {"+": defaultdict(list), "-": defaultdict(list)}
     with RecordWriter(out, overwrite) as writer:
@@ -130,7 +131,7 @@ def _choose(
     for label, sets in strata.items():
         available = {name: len(lines) for name, lines in sets.items()}
         if wanted[label] > (total := sum(available.values())):
-            raise ValueError(
+            raise InputError(
                 f"{wanted[label]} records of class {label} are wanted and there are {total}; "
                 "lower --n or choose another --balance."
             )
@@ -164,14 +165,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
-    try:
-        drawn = sample_file(args.source, args.out, args.n, args.seed, args.balance, args.overwrite)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    drawn = sample_file(args.source, args.out, args.n, args.seed, args.balance, args.overwrite)
     for name, counts in drawn.items():
         print(f"{name or '(no data set)'}: " + ", ".join(f"{c} {k}" for k, c in counts.items()))
     print(f"{args.out}: {args.n} records")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate
@@ -30,7 +30,12 @@ from data_tools.folders import claim_folder, move_into_place, refuse_existing, w
 from data_tools.shard_pieces import Job, Shard, find_blocks, make_block, make_shard
 from data_tools.workers import InOrder, start_workers
 from dreamprm_dist.data.schema import load_json_list, require_file, starts_with_bracket
-from dreamprm_dist.data.shards import FORMAT_VERSION, MANIFEST, REJECTED, SCHEMAS, file_sha256
+from dreamprm_dist.data.shards import FORMAT_VERSION, MANIFEST, REJECTED, SCHEMAS
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import file_sha256
+from dreamprm_dist.flags import run
+
+logger = logging.getLogger(__name__)
 
 
 class _Accepted(NamedTuple):
@@ -68,14 +73,14 @@ def shard_file(
 
     Raises:
         FileNotFoundError: no such source.
-        ValueError: nothing accepted, fewer records (questions) than shards, ``out_dir`` taken,
+        InputError: nothing accepted, fewer records (questions) than shards, ``out_dir`` taken,
             or the source changed meanwhile.
     """
     source, out_dir = require_file(source), Path(out_dir).resolve()
     if kind not in SCHEMAS:
-        raise ValueError(f"unknown kind {kind!r}; use one of {', '.join(SCHEMAS)}.")
+        raise InputError(f"unknown kind {kind!r}; use one of {', '.join(SCHEMAS)}.")
     if num_shards < 1:
-        raise ValueError("the number of shards must be 1 or more.")
+        raise InputError("the number of shards must be 1 or more.")
     root = (source.parent if image_root is None else Path(image_root)).resolve()
     before = source.stat()
     manifest = {
@@ -103,21 +108,25 @@ def shard_file(
         manifest["shards"] = _make_shards(job, num_shards, accepted, in_order, progress)
         after = source.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise ValueError(f"{source}: changed while it was being sharded; run again.")
+            raise InputError(f"{source}: changed while it was being sharded; run again.")
         (job.shards / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         move_into_place(job.shards, out_dir)
         shutil.rmtree(work)
-    except ValueError:  # the input must change first, and then it is another job
+    except InputError:  # the input must change first, and then it is another job
         shutil.rmtree(work)
         raise
     finally:
         os.close(lock)
-    print(
-        f"{out_dir}: {accepted.num_records} {kind} records in {num_shards} shards, "
-        f"{accepted.num_rejected} rejected"
-        + (f" (see {out_dir / REJECTED})" if accepted.num_rejected else "")
-    )
     return manifest
+
+
+def _summary(out_dir: Path, manifest: dict) -> str:
+    rejected = manifest["num_rejected"]
+    return (
+        f"{out_dir}: {manifest['num_rows']} {manifest['kind']} records in "
+        f"{manifest['num_shards']} shards, {rejected} rejected"
+        + (f" (see {out_dir / REJECTED})" if rejected else "")
+    )
 
 
 def cached_shards(
@@ -129,7 +138,7 @@ def cached_shards(
     changed file is sharded anew; images changed behind an unchanged file are not noticed.
 
     Raises:
-        FileNotFoundError, ValueError: as `shard_file`.
+        FileNotFoundError, InputError: as `shard_file`.
     """
     source = require_file(source)
     name = f"{source.stem}-{kind}-{num_shards}-{file_sha256(source)[:12]}"
@@ -138,8 +147,9 @@ def cached_shards(
     folder = source.parent / ".shards" / name
     if not (folder / MANIFEST).is_file():
         try:
-            shard_file(source, folder, kind, num_shards, image_root)
-        except ValueError:
+            manifest = shard_file(source, folder, kind, num_shards, image_root)
+            logger.info(_summary(folder, manifest))
+        except InputError:
             if not (folder / MANIFEST).is_file():  # else another run has finished in between
                 raise
     return folder
@@ -159,7 +169,7 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
     """Check every record; write the rejected ones to a file and say where the others are."""
     blocks = list(find_blocks(job.lines))
     if not blocks:
-        raise ValueError(f"{source}: holds no record; give a file that has some.")
+        raise InputError(f"{source}: holds no record; give a file that has some.")
     rows, group_ids, num_rejected = [], [], 0
     group_of: dict[str, int] = {}
     first: dict | None = None
@@ -177,7 +187,7 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
             num_rejected += len(made["rejected"])
             bar.update(made["rows"] + len(made["rejected"]))
     if not any(rows):
-        raise ValueError(
+        raise InputError(
             f"{source}: all {num_rejected} records were rejected, so there is nothing to write; "
             f"the first, at line {first['line']}, because: {first['reason']}"
         )
@@ -195,7 +205,7 @@ def _refuse_empty_shards(source: Path, manifest: dict) -> None:
     what = "accepted records" if manifest["kind"] == "training" else "questions"
     count = manifest["num_groups"] or manifest["num_rows"]
     if count < manifest["num_shards"]:
-        raise ValueError(
+        raise InputError(
             f"{source}: {count} {what} cannot fill {manifest['num_shards']} shards; use at most "
             f"{count} shards."
         )
@@ -269,27 +279,25 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [job for job in jobs if job[0] is not None]
     if not jobs:
         parser.error("give --train, --meta or both")
-    try:
-        with start_workers(args.workers) as in_order:
-            if in_order is None:  # one of mpirun's other ranks, which has done its work
-                return
-            if not args.overwrite and any(work_folder(folder).exists() for _, folder, _, _ in jobs):
-                jobs = [job for job in jobs if not (job[1] / MANIFEST).is_file()]
-            for _, folder, _, _ in jobs:  # before the work on the first, not after it
-                refuse_existing(folder, args.overwrite)
-            for source, folder, kind, num_shards in jobs:
-                shard_file(
-                    source,
-                    folder,
-                    kind,
-                    num_shards,
-                    image_root=args.image_root,
-                    overwrite=args.overwrite,
-                    in_order=in_order,
-                )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with start_workers(args.workers) as in_order:
+        if in_order is None:  # one of mpirun's other ranks, which has done its work
+            return
+        if not args.overwrite and any(work_folder(folder).exists() for _, folder, _, _ in jobs):
+            jobs = [job for job in jobs if not (job[1] / MANIFEST).is_file()]
+        for _, folder, _, _ in jobs:  # before the work on the first, not after it
+            refuse_existing(folder, args.overwrite)
+        for source, folder, kind, num_shards in jobs:
+            manifest = shard_file(
+                source,
+                folder,
+                kind,
+                num_shards,
+                image_root=args.image_root,
+                overwrite=args.overwrite,
+                in_order=in_order,
+            )
+            print(_summary(folder, manifest))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,7 +25,6 @@ from data_tools.reencode import shard_image
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES
 from dreamprm_dist.data.schema import (
     MetaRecord,
-    RecordError,
     TrainingRecord,
     json_lines,
     parse_line,
@@ -33,6 +32,7 @@ from dreamprm_dist.data.schema import (
     parse_training_record,
 )
 from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
+from dreamprm_dist.errors import RecordError
 from dreamprm_dist.prm.solutions import SOLUTION_MARK
 
 BLOCK_RECORDS = 256  # what a killed worker loses at most

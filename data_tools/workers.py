@@ -13,6 +13,8 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import TypeVar
 
+from dreamprm_dist.errors import InputError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 InOrder = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]
@@ -28,14 +30,14 @@ def start_workers(count: int) -> Iterator[InOrder | None]:
     machines; those are given None, when there is nothing left to do.
 
     Raises:
-        ValueError: ``count`` is not positive, or given under mpirun too.
+        InputError: ``count`` is not positive, or given under mpirun too.
     """
     if count < 1:
-        raise ValueError(f"the number of workers must be 1 or more, not {count}.")
+        raise InputError(f"the number of workers must be 1 or more, not {count}.")
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
     if ranks > 1:
         if count > 1:
-            raise ValueError("under mpirun the ranks are the workers; leave out --workers.")
+            raise InputError("under mpirun the ranks are the workers; leave out --workers.")
         # mpi4py initialises MPI on import, which only a process that mpirun started should do.
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor

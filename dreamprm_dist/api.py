@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.images import decode_image, read_image
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
 from dreamprm_dist.evaluation.scoring import score_solutions
 from dreamprm_dist.losses import ScoreOver
@@ -61,7 +62,7 @@ class PRM:
         score_over: ScoreOver = "vocabulary",
     ):
         if max_patch_num < 1:
-            raise ValueError(f"max_patch_num is {max_patch_num}; it must be at least 1")
+            raise InputError(f"max_patch_num is {max_patch_num}; it must be at least 1")
         self.module, self.tokenizer, self.max_patch_num = module.eval(), tokenizer, max_patch_num
         self.score_over = score_over
 
@@ -81,7 +82,7 @@ class PRM:
             device: where it runs; by default the GPU where there is one.
 
         Raises:
-            ValueError: it is no InternVL3 checkpoint, or its tensors do not fit.
+            InputError: it is no InternVL3 checkpoint, or its tensors do not fit.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         module = network.load_prm(str(name_or_path), precision, device)
@@ -93,11 +94,11 @@ class PRM:
         """The score of each step: how probable it is that the solution is right up to there.
 
         Raises:
-            ValueError: no step, an image that cannot be read, a text that is too long for the
+            InputError: no step, an image that cannot be read, a text that is too long for the
                 model, or one that holds a reserved token of the chat format.
         """
         if isinstance(steps, str):
-            raise ValueError("steps is one text; give a list with the text of each step")
+            raise InputError("steps is one text; give a list with the text of each step")
         return self._score(images, question, [steps])[0]
 
     def best_of_n(
@@ -117,16 +118,16 @@ class PRM:
             aggregation: a key of `AGGREGATIONS`: how step scores become a candidate's score.
 
         Raises:
-            ValueError: as `score`; the candidate is named. No candidate, or an unknown aggregation.
+            InputError: as `score`; the candidate is named. No candidate, or an unknown aggregation.
         """
         if aggregation not in AGGREGATIONS:
-            raise ValueError(
+            raise InputError(
                 f"unknown aggregation {aggregation!r}; choose from {', '.join(AGGREGATIONS)}"
             )
         if isinstance(candidates, str):
-            raise ValueError("candidates is one text; give a list of candidates")
+            raise InputError("candidates is one text; give a list of candidates")
         if not candidates:
-            raise ValueError("there is no candidate; give at least one")
+            raise InputError("there is no candidate; give at least one")
         steps = [split_steps(c) if isinstance(c, str) else list(c) for c in candidates]
         step_scores = self._score(images, question, steps)
         scores = aggregate_candidates(step_scores, [aggregation])[aggregation]
@@ -157,7 +158,7 @@ def _encoded(image: ImageLike) -> bytes:
         try:
             image.convert("RGB").save(buffer, "PNG")
         except OSError as error:  # Pillow reads a file's pixels only now
-            raise ValueError(f"the image cannot be read ({error}); open it again") from error
+            raise InputError(f"the image cannot be read ({error}); open it again") from error
         return buffer.getvalue()
     if isinstance(image, bytes):
         decode_image(image)

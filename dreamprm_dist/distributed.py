@@ -9,15 +9,16 @@ import contextlib
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dreamprm_dist.errors import InputError, report_error, start_logging
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -26,7 +27,7 @@ _before: dict[str, str | None] = {}  # what the environment had where we have se
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 
 
-class RankLostError(RuntimeError):
+class RankLostError(ConnectionError):
     """A rank hangs or has ended while others wait for it."""
 
 
@@ -38,7 +39,7 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         timeout_minutes: how long a collective waits for a rank.
 
     Raises:
-        ValueError: cuda is asked for, or more ranks than GPUs are started, and it is not there; or
+        InputError: cuda is asked for, or more ranks than GPUs are started, and it is not there; or
             the environment contradicts itself about the ranks.
     """
     global _roll_call
@@ -48,7 +49,7 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
     if use_cuda:
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise ValueError(
+            raise InputError(
                 f"local rank {local_rank} has no GPU: this machine shows {count}; start at most "
                 f"{count} ranks on it, or use --device cpu"
             )
@@ -64,6 +65,7 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
             **{"timeout": timeout, "store": store, "rank": rank, "world_size": world_size},
         )
         _roll_call = dist.new_group(backend="gloo", timeout=timeout)
+        start_logging(rank, world_size)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
@@ -180,14 +182,14 @@ def _check_ranks(env: Mapping[str, str], started: Started | None) -> None:
     """RANK and WORLD_SIZE are whole, and not another launcher's leftovers."""
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name not in env:
-            raise ValueError(f"{other} is set, but {name} is not; set both, or unset it")
+            raise InputError(f"{other} is set, but {name} is not; set both, or unset it")
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
     if not 0 <= rank < size:
-        raise ValueError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0 to {size - 1}")
+        raise InputError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0 to {size - 1}")
     # torchrun and deepspeed may be started once a node by srun or mpirun, and then count anew.
     counted_anew = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & env.keys()
     if started and started.world_size > 1 and not counted_anew and started[1:] != (rank, size):
-        raise ValueError(
+        raise InputError(
             f"{started.launcher} says this is rank {started.rank} of {started.world_size}, but "
             f"RANK is {rank} and WORLD_SIZE {size}; unset these two"
         )
@@ -209,16 +211,24 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def exit_with(message: str) -> NoReturn:
-    """End this rank with an error, whatever the others do.
+@contextlib.contextmanager
+def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[torch.device]:
+    """Run a block as a rank of the process group; gives this rank's device. See `initialize`.
 
-    NCCL's communicators are destroyed by all ranks together: one that has failed alone would wait
-    there for the others, who wait for it in a collective, with its message unsaid.
+    A rank that fails leaves, whatever the others do. NCCL's communicators are destroyed by all
+    ranks together: one that has failed alone would wait there for the others, who wait for it in
+    a collective, with its message unsaid. So it says it and ends its process at once.
     """
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.exit(message)
+    try:
+        chosen = initialize(device, timeout_minutes)
+        with naming_lost_ranks():
+            yield chosen
+    except Exception as error:
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            os._exit(report_error(error))
+        raise
+    finally:
+        shutdown()
 
 
 def shutdown() -> None:

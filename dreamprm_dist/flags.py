@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+
+from dreamprm_dist.errors import InputError, report_error, start_logging
 
 Section = TypeVar("Section")
 
@@ -33,9 +34,11 @@ def parse_args(
         One instance of each of `config_classes`.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong kind or an unreadable recipe.
+        InputError: an unknown key, a value of the wrong kind or an unreadable recipe.
         SystemExit: from argparse, for `--help` and for what is wrong on the command line.
     """
+    from transformers import HfArgumentParser  # not for whoever only runs a command
+
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         config_classes,
@@ -65,17 +68,17 @@ def parse_args(
 
 def _recipe_flags(file: Path, known: dict[str, str]) -> list[str]:
     if not file.is_file():
-        raise ValueError(f"recipe {file} does not exist; recipes lie in launch/recipes/")
+        raise InputError(f"recipe {file} does not exist; recipes lie in launch/recipes/")
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {file} is not YAML: {error}") from error
+        raise InputError(f"recipe {file} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {file} must hold `flag: value` lines")
+        raise InputError(f"recipe {file} must hold `flag: value` lines")
     flags = []
     for key, value in recipe.items():
         if key not in known or key in ("config", "help"):
-            raise ValueError(f"recipe {file}: {_unknown(str(key), known)}")
+            raise InputError(f"recipe {file}: {_unknown(str(key), known)}")
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:
@@ -87,7 +90,7 @@ def _refuse_unknown_flags(argv: Sequence[str], known: dict[str, str]) -> None:
     for item in argv:
         name = item.removeprefix("--").split("=")[0]
         if item.startswith("--") and name not in known:
-            raise ValueError(_unknown(name, known))
+            raise InputError(_unknown(name, known))
 
 
 def _unknown(name: str, known: dict[str, str]) -> str:
@@ -96,9 +99,9 @@ def _unknown(name: str, known: dict[str, str]) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what is wrong with what it was given is one sentence and exit code 2."""
+    """Run a command and end the process with its exit code; see `report_error`."""
+    start_logging()
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        sys.exit(report_error(error))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.images import read_image
-from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import CandidateScores, aggregate_candidates, judge
 from dreamprm_dist.evaluation.compare import BASICS, compare
 from dreamprm_dist.evaluation.questions import Question, read_meta_questions, read_test_questions
@@ -60,12 +60,12 @@ class EvaluateConfig(ScoringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.aggregation_function not in (*AGGREGATIONS, ON_META):
-            raise ValueError(
+            raise InputError(
                 f"unknown aggregation_function {self.aggregation_function!r}; choose from "
                 f"{', '.join(AGGREGATIONS)}, or {ON_META} with --meta_json_file"
             )
         if (self.aggregation_function == ON_META) != (self.meta_json_file is not None):
-            raise ValueError("--aggregation_function meta and --meta_json_file go together")
+            raise InputError("--aggregation_function meta and --meta_json_file go together")
 
 
 class Key(NamedTuple):
@@ -109,7 +109,7 @@ def labelled(specifications: list[str]) -> dict[str, str]:
     """Label -> model; a run's `export` folder is called as its run.
 
     Raises:
-        ValueError: two models have one label, or a label has another meaning in the table.
+        InputError: two models have one label, or a label has another meaning in the table.
     """
     models: dict[str, str] = {}
     for text in specifications:
@@ -117,7 +117,7 @@ def labelled(specifications: list[str]) -> dict[str, str]:
         if not equals or Path(text).exists():
             label, model = prm_name(text), text
         if not label or label in models or label in BASICS:
-            raise ValueError(f"model {text}: the label {label!r} is taken; give it as label=folder")
+            raise InputError(f"model {text}: the label {label!r} is taken; give it as label=folder")
         models[label] = model
     return models
 
@@ -150,8 +150,8 @@ def _score_all(
             parts.write(key, {"scores": scores})
         except RecordError as error:
             parts.write(key, {"error": str(error)})
-        except ValueError as error:
-            raise ValueError(f"{model}: {file}, record {question.line}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{model}: {file}, record {question.line}: {error}") from error
 
 
 def _finish(
@@ -178,7 +178,7 @@ def _finish(
     _write(out / "rejected.jsonl", "".join(map(_json_line, rejected)))
     if not questions["test"]:
         why = "all {} records were rejected, the first at line {line}: {reason}"
-        raise ValueError(
+        raise InputError(
             f"{config.test_json_file}: no question was scored; "
             + (why.format(len(rejected), **rejected[0]) if rejected else "it has no record")
         )
@@ -189,7 +189,7 @@ def _finish(
             for index, question in questions["meta"].items():
                 if reason := scored[Key(label, "meta", index)].get("error"):
                     where = f"{config.meta_json_file}, record {question.line}"
-                    raise ValueError(f"{where}: {label} cannot score its question: {reason}")
+                    raise InputError(f"{where}: {label} cannot score its question: {reason}")
             meta = _candidates(questions["meta"], scored, label, "meta")
             on_meta[label] = judge(meta)["accuracy"]["prm"]
             aggregations[label] = max(on_meta[label], key=on_meta[label].__getitem__)

@@ -15,9 +15,11 @@ from typing import Literal
 
 import yaml
 
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import whole_folder
 from dreamprm_dist.flags import flag, parse_args, run
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
-from dreamprm_dist.training.export import INSTANCE_WEIGHTS, export_folder, save_model
+from dreamprm_dist.training.export import INSTANCE_WEIGHTS, save_model
 from dreamprm_dist.training.model_card import model_card
 
 
@@ -36,10 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ExportConfig,), argv, "Write a PRM in either InternVL3 layout.")
     out, source = Path(config.output_dir), Path(config.model)
     if out.exists():
-        raise ValueError(f"{out} already exists; choose another output_dir or remove it")
+        raise InputError(f"{out} already exists; choose another output_dir or remove it")
     card = model_card(*_of_run(source.parent), _results(config.results, config.model))
     prm, tokenizer = load_prm(config.model, config.precision), load_tokenizer(config.model)
-    with export_folder(out) as folder:
+    with whole_folder(out) as folder:
         save_model(folder, prm, tokenizer, original=config.layout == "original")
         (folder / "README.md").write_text(card, encoding="utf-8")
         if (source / INSTANCE_WEIGHTS).is_file():
@@ -69,10 +71,10 @@ def _results(path: str | None, model: str) -> dict | None:
             results["accuracy"]["prm"] = results["prms"][label]["accuracy"]
         results["test_json_file"], results["num_questions"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no results.json of launch/evaluate.py ({error!r})") from error
+        raise InputError(f"{path} is no results.json of launch/evaluate.py ({error!r})") from error
     if label is None:
         evaluated = ", ".join(results["models"].values())
-        raise ValueError(f"{path} has no accuracy of {model}; it is an evaluation of {evaluated}")
+        raise InputError(f"{path} has no accuracy of {model}; it is an evaluation of {evaluated}")
     return results
 
 

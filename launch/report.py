@@ -11,6 +11,7 @@ folders give the same bytes.
 import argparse
 from pathlib import Path
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import run
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
@@ -25,7 +26,7 @@ def main() -> None:
     first = arguments.folders[0]
     if len(arguments.folders) == 1 and (first / "summary.json").exists():
         if arguments.out or arguments.results:
-            raise ValueError(f"{first} is a demo's folder; --out and --results are for runs")
+            raise InputError(f"{first} is a demo's folder; --out and --results are for runs")
         path = write_demo_report(first)
     else:
         out = arguments.out or first / "report.html"

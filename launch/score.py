@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dreamprm_dist import PRM
-from dreamprm_dist.data.schema import RecordError, parse_scoring_record, read_json_records
+from dreamprm_dist.data.schema import parse_scoring_record, read_json_records
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
 from dreamprm_dist.flags import flag, parse_args, run
@@ -42,7 +43,7 @@ class ScoreConfig(ScoringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.aggregation_function not in AGGREGATIONS:
-            raise ValueError(
+            raise InputError(
                 f"unknown aggregation_function {self.aggregation_function!r}; choose from "
                 f"{', '.join(AGGREGATIONS)}"
             )

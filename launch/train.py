@@ -1,12 +1,13 @@
 """Train a process reward model: `deepspeed --num_gpus 8 launch/train.py --config recipe.yaml`."""
 
-import traceback
 from pathlib import Path
 
 import torch
 
 from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.flags import run
 from dreamprm_dist.training.config import TrainConfig, parse_train_config
 from dreamprm_dist.training.trainer import BilevelTrainer
 
@@ -21,7 +22,7 @@ def open_shards(path: str, kind: str, config) -> ShardFolder:
         )
     shards = ShardFolder(Path(path))
     if shards.kind != kind:
-        raise ValueError(f"{path} holds {shards.kind} shards where {kind} shards are needed")
+        raise InputError(f"{path} holds {shards.kind} shards where {kind} shards are needed")
     return shards
 
 
@@ -34,18 +35,10 @@ def train(config: TrainConfig, device: torch.device) -> None:
 
 
 def main() -> None:
-    try:
-        config = parse_train_config()
-        device = distributed.initialize(config.run.device, config.run.collective_timeout)
-        with distributed.naming_lost_ranks():
-            train(config, device)
-    except (ValueError, OSError, distributed.RankLostError) as error:
-        distributed.exit_with(f"error: {error}")
-    except Exception:
-        distributed.exit_with(traceback.format_exc())
-    finally:
-        distributed.shutdown()
+    config = parse_train_config()
+    with distributed.joined(config.run.device, config.run.collective_timeout) as device:
+        train(config, device)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dreamprm_dist.data.shards import ShardFolder, question_rows
+from dreamprm_dist.errors import InputError
 
 
 class RowSubset:
@@ -42,14 +43,14 @@ def hold_out(shards: ShardFolder, fraction: float, seed: int) -> tuple[RowSubset
         fraction: of the questions of a shard, rounded to a whole number of them.
 
     Raises:
-        ValueError: a shard would have nothing left, or nothing is held out at all.
+        InputError: a shard would have nothing left, or nothing is held out at all.
     """
     kept, held = [], []
     for shard in range(shards.num_shards):
         questions = shards.questions(shard)
         out = round(fraction * len(questions))
         if out == len(questions):
-            raise ValueError(
+            raise InputError(
                 f"{shards.path}: meta_validation_fraction {fraction} leaves no question in shard "
                 f"{shard} of {out}; lower it, or shard again with fewer shards"
             )
@@ -57,7 +58,7 @@ def hold_out(shards: ShardFolder, fraction: float, seed: int) -> tuple[RowSubset
         kept.append([r for i, rows in enumerate(questions) if i not in drawn for r in rows])
         held.append([r for i, rows in enumerate(questions) if i in drawn for r in rows])
     if not any(held):
-        raise ValueError(
+        raise InputError(
             f"{shards.path}: meta_validation_fraction {fraction} is less than one question in "
             "every shard; raise it, or shard again with fewer shards"
         )

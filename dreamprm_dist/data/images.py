@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.errors import RecordError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_IMAGE_BYTES = 64 << 20  # 16 rows of one such image stay below Arrow's 2 GiB a column chunk

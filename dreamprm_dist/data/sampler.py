@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamprm_dist.errors import InputError
+
 
 def check_divisible(folder: Path, num_shards: int, global_batch_size: int, world_size: int) -> None:
     """Refuse a world size that cannot share a folder's shards and the global batch evenly.
 
     Raises:
-        ValueError: naming the nearest world sizes that work.
+        InputError: naming the nearest world sizes that work.
     """
     common = np.gcd(num_shards, global_batch_size)
     if common % world_size:
         works = [w for w in range(1, common + 1) if common % w == 0]
         nearest = sorted(works, key=lambda w: abs(w - world_size))[:3]
-        raise ValueError(
+        raise InputError(
             f"{folder}: {world_size} ranks cannot share {num_shards} shards and a global batch of "
             f"{global_batch_size} evenly; use one of {sorted(nearest)} ranks, or shard again with "
             f"a multiple of {world_size} shards"
@@ -38,7 +40,7 @@ def check_every_shard_learns(
     receive a hypergradient, each `unroll_steps`-th, may miss some shards for ever.
 
     Raises:
-        ValueError: naming what to change.
+        InputError: naming what to change.
     """
     starts = range(unroll_steps - 1, unroll_steps * num_shards, unroll_steps)
     last = {
@@ -47,7 +49,7 @@ def check_every_shard_learns(
         for draw in range(min(global_batch_size, num_shards))
     }
     if len(last) < num_shards:
-        raise ValueError(
+        raise InputError(
             f"{folder}: the last batch of {unroll_steps} unroll steps always comes from the same "
             f"{len(last)} of {num_shards} shards, so instances of the others would never learn a "
             "weight; use --unroll_window all, another number of steps, or num_shards that divides "

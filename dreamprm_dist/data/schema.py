@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from dreamprm_dist.errors import RecordError
+
 IMAGE_PLACEHOLDER = "<image>"
 # The chat format's own structure; text that holds one of these could forge it.
 RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
 MAX_LINE_BYTES = 16 << 20  # a longer line is garbage; it is skipped without being held
 _BOM = b"\xef\xbb\xbf"
-
-
-class RecordError(ValueError):
-    """A record, or an image of it, that cannot be taken; the message is one sentence."""
 
 
 @dataclass

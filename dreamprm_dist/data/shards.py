@@ -5,7 +5,6 @@ Row groups are small because one random row costs one decoded row group, images 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -15,6 +14,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import file_sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -40,15 +42,6 @@ SCHEMAS = {
 }
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hex; reads it in blocks of 1 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def question_rows(ids: list[int]) -> list[range]:
     """The rows of each question, of which each has its question's ID; they follow each other."""
     starts = [row for row, group in enumerate(ids) if row == 0 or group != ids[row - 1]]
@@ -71,7 +64,7 @@ class ShardFolder:
 
     Raises:
         FileNotFoundError: no such folder, or a shard file is missing.
-        ValueError: the folder is unfinished, empty, or not one this version reads.
+        InputError: the folder is unfinished, empty, or not one this version reads.
     """
 
     def __init__(self, path: str | Path, cache_row_groups: int = 64) -> None:
@@ -95,7 +88,7 @@ class ShardFolder:
 
         Raises:
             IndexError: no such shard or row.
-            ValueError: the shard file is broken.
+            InputError: the shard file is broken.
         """
         self._check_shard(shard)
         if not 0 <= row < self.rows_per_shard[shard]:
@@ -116,12 +109,12 @@ class ShardFolder:
 
         Raises:
             IndexError: no such shard.
-            ValueError: no such column, or the shard file is broken.
+            InputError: no such column, or the shard file is broken.
         """
         self._check_shard(shard)
         names = SCHEMAS[self.kind].names
         if name not in names:
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: a {self.kind} shard has no column {name!r}; use one of "
                 f"{', '.join(names)}."
             )
@@ -136,7 +129,7 @@ class ShardFolder:
         """The rows of each question in a shard of a meta folder.
 
         Raises:
-            ValueError: a training folder, whose records are no candidates for a question.
+            InputError: a training folder, whose records are no candidates for a question.
         """
         return question_rows(self.read_column(shard, "group_id"))
 
@@ -144,11 +137,11 @@ class ShardFolder:
         """Compare every shard's SHA-256 with the manifest's; reads every byte.
 
         Raises:
-            ValueError: a shard differs; the message names it.
+            InputError: a shard differs; the message names it.
         """
         for file, shard in zip(self._files, self.manifest["shards"], strict=True):
             if file_sha256(file) != shard["sha256"]:
-                raise ValueError(
+                raise InputError(
                     f"{file}: SHA-256 differs from the manifest's, so the file is damaged or was "
                     "changed; copy it again or shard the source again."
                 )
@@ -172,8 +165,8 @@ class ShardFolder:
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"{self.path}: no shard {shard}, there are {self.num_shards}.")
 
-    def _broken(self, shard: int, error: Exception) -> ValueError:
-        return ValueError(
+    def _broken(self, shard: int, error: Exception) -> InputError:
+        return InputError(
             f"{self._files[shard]}: cannot be read as Parquet ({error}); copy the file again or "
             "shard the source again."
         )
@@ -190,7 +183,7 @@ class ShardFolder:
                 raise self._broken(shard, error) from error
             meta = file.metadata
             if meta.num_rows != rows:
-                raise ValueError(
+                raise InputError(
                     f"{path}: has {meta.num_rows} rows where the manifest says {rows}; copy it "
                     "again or shard the source again."
                 )
@@ -220,7 +213,7 @@ def _read_manifest(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder}: no such shard folder; run python -m data_tools.shard.")
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{folder}: has no {MANIFEST}, so sharding did not finish; run "
             "python -m data_tools.shard again."
         )
@@ -228,25 +221,25 @@ def _read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, kind = manifest["format_version"], manifest["kind"]
         if version != FORMAT_VERSION:
-            raise ValueError(
+            raise InputError(
                 f"{path}: format version {version!r}, but this release reads {FORMAT_VERSION}; "
                 "shard the source again."
             )
         if kind not in SCHEMAS:
-            raise ValueError(f"{path}: unknown kind {kind!r}; use one of {', '.join(SCHEMAS)}.")
+            raise InputError(f"{path}: unknown kind {kind!r}; use one of {', '.join(SCHEMAS)}.")
         num_rows, shards = manifest["num_rows"], manifest["shards"]
         files, rows = [s["file"] for s in shards], [s["rows"] for s in shards]
         complete = len(shards) == manifest["num_shards"] and sum(rows) == num_rows
         complete &= all("sha256" in s for s in shards) and "num_groups" in manifest
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: damaged manifest ({type(error).__name__}: {error}); shard the source again."
         ) from error
     if num_rows == 0:
-        raise ValueError(f"{folder}: the {kind} data set is empty; shard a file with records.")
+        raise InputError(f"{folder}: the {kind} data set is empty; shard a file with records.")
     # A file name with a folder in it would read from outside the shard folder.
     if not complete or min(rows) < 1 or any(Path(name).name != name for name in files):
-        raise ValueError(f"{path}: the manifest contradicts itself; shard the source again.")
+        raise InputError(f"{path}: the manifest contradicts itself; shard the source again.")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(
             f"{folder}: {len(missing)} of {len(files)} shard files are missing (first: "

@@ -13,6 +13,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.aggregation import AGGREGATIONS, aggregate, pad_steps
 
 
@@ -65,13 +66,13 @@ def select(scores: Sequence[float]) -> int:
     """The index of the highest score; ties go to the first.
 
     Raises:
-        ValueError: there is no score, or one is not a number.
+        InputError: there is no score, or one is not a number.
     """
     if not scores:
-        raise ValueError("cannot select from no candidates; give at least one score")
+        raise InputError("cannot select from no candidates; give at least one score")
     for index, score in enumerate(scores):
         if math.isnan(score):
-            raise ValueError(f"cannot select: the score of candidate {index} is not a number")
+            raise InputError(f"cannot select: the score of candidate {index} is not a number")
     return max(range(len(scores)), key=scores.__getitem__)
 
 
@@ -94,13 +95,13 @@ def judge(
         `selected_correct`.
 
     Raises:
-        ValueError: there is no candidate, an aggregation is unknown, or a score is not a number.
+        InputError: there is no candidate, an aggregation is unknown, or a score is not a number.
     """
     by_question: dict[int, list[CandidateScores]] = {}
     for candidate in candidates:
         by_question.setdefault(candidate.question, []).append(candidate)
     if not by_question:
-        raise ValueError("there is nothing to judge: no candidate was scored")
+        raise InputError("there is nothing to judge: no candidate was scored")
     names = tuple(aggregations)
     questions = [_Outcome.of(group, names) for group in by_question.values()]
     results = _summary(questions)
@@ -194,7 +195,7 @@ def clustered_bootstrap(
         (mean, low, high) in the unit of the differences.
 
     Raises:
-        ValueError: the two differ in length or are empty.
+        InputError: the two differ in length or are empty.
     """
     values = np.asarray(differences, dtype=np.float64)
     low, high = bootstrap_intervals(values[:, None], clusters, num_samples, seed)[0]
@@ -217,10 +218,10 @@ def bootstrap_intervals(
         shape (M, 2), low and high.
 
     Raises:
-        ValueError: the two differ in length or are empty.
+        InputError: the two differ in length or are empty.
     """
     if len(values) != len(clusters) or not len(values):
-        raise ValueError(
+        raise InputError(
             f"{len(values)} differences and {len(clusters)} clusters; give one cluster a difference"
         )
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from dreamprm_dist.data.schema import (
     MetaRecord,
-    RecordError,
     parse_meta_record,
     parse_test_record,
     read_json_records,
 )
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.grading import parse_choice
 from dreamprm_dist.prm.solutions import (
     SOLUTION_MARK,
@@ -65,7 +65,7 @@ def _test_question(line: int, raw: dict) -> Question:
     for index, texts in enumerate(steps):
         try:
             conversations.append(steps_conversation(record.question, texts))
-        except ValueError as error:
+        except InputError as error:
             raise RecordError(f"candidate {index}: {error}") from error
     return Question(
         line,
@@ -89,7 +89,7 @@ def read_meta_questions(path: str) -> list[Question]:
     agree.
 
     Raises:
-        ValueError: a record that cannot be taken; the line is named. No question has more than one
+        InputError: a record that cannot be taken; the line is named. No question has more than one
             solution, so that there is nothing to choose.
     """
     groups: dict[tuple, list[tuple[int, MetaRecord]]] = {}
@@ -99,15 +99,15 @@ def read_meta_questions(path: str) -> list[Question]:
                 raise raw
             record = parse_meta_record(raw)
         except RecordError as error:
-            raise ValueError(f"{path}, record {line}: {error}") from error
+            raise InputError(f"{path}, record {line}: {error}") from error
         first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
         question = first.partition(SOLUTION_MARK)[0].strip()
         key = (record.source_id, tuple(record.images), question)
         groups.setdefault(key, []).append((line, record))
     if not groups:
-        raise ValueError(f"{path} holds no record; give meta records, several solutions a question")
+        raise InputError(f"{path} holds no record; give meta records, several solutions a question")
     if max(map(len, groups.values())) == 1:
-        raise ValueError(
+        raise InputError(
             f"{path} holds one solution a question, and every aggregation picks that one; give "
             "several solutions of a question the same id, images and question text"
         )

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import JsonLines, json_line, whole_lines, write_whole
+
 
 class ScoreJournal:
     """A folder with the scores of each question by its key, a tuple of texts and numbers.
@@ -21,7 +24,7 @@ class ScoreJournal:
         settings: all that scores depend on, JSON; scores made with others are refused.
 
     Raises:
-        ValueError: the folder holds scores made with other settings.
+        InputError: the folder holds scores made with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict):
@@ -32,7 +35,7 @@ class ScoreJournal:
             before = json.loads(self._settings_file.read_text(encoding="utf-8"))
             different = [key for key in settings if before.get(key, settings[key]) != settings[key]]
             if different:
-                raise ValueError(
+                raise InputError(
                     f"{folder} holds unfinished work with another {' and '.join(different)}; "
                     "set it back to go on, write elsewhere, or remove the folder to start anew"
                 )
@@ -46,44 +49,34 @@ class ScoreJournal:
         state.wait_for_everyone()
         done = self.read()
         state.wait_for_everyone()
-        self._file = (self.folder / f"rank{state.process_index}.jsonl").open("w", encoding="utf-8")
+        self._lines = JsonLines(self.folder / f"rank{state.process_index}.jsonl")
         return done
 
     def _gather(self) -> None:
         """Bring all parts into one file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._settings_file.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
+        write_whole(self._settings_file, json_line(self._settings))
         files = sorted(self.folder.glob("*.jsonl"))
-        lines = [line for file in files for line in _whole_lines(file)]
-        new, done = self.folder / "done.new", self.folder / "done.jsonl"
-        new.write_text("".join(lines), encoding="utf-8")
-        new.replace(done)
+        done = self.folder / "done.jsonl"
+        write_whole(done, "".join(line + "\n" for file in files for line in whole_lines(file)))
         for file in files:
             if file != done:
                 file.unlink()
 
     def read(self) -> dict[tuple, dict]:
         """What is scored: key -> row."""
-        lines = [
-            line for file in sorted(self.folder.glob("*.jsonl")) for line in _whole_lines(file)
-        ]
+        files = sorted(self.folder.glob("*.jsonl"))
+        lines = [line for file in files for line in whole_lines(file)]
         rows = map(json.loads, lines)
         return {tuple(row.pop("key")): row for row in rows}
 
     def write(self, key: tuple, row: dict) -> None:
         """Add a question; it is on disk when this returns."""
-        # Plain ASCII: half a surrogate pair in a rejected text cannot be written as UTF-8.
-        self._file.write(json.dumps({"key": key} | row) + "\n")
-        self._file.flush()
+        self._lines.add({"key": key} | row)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
     def remove(self) -> None:
         """Forget everything: all is scored and written where it belongs."""
         shutil.rmtree(self.folder)
-
-
-def _whole_lines(file: Path) -> list[str]:
-    *whole, _ = file.read_text(encoding="utf-8").split("\n")
-    return [line + "\n" for line in whole]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.losses import ScoreOver, step_scores
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation, label_token_ids
 from dreamprm_dist.prm.model import PRM
@@ -37,7 +37,7 @@ def score_solutions(
     for index, steps in enumerate(solutions):
         try:
             conversations.append(steps_conversation(question, steps, system_prompt))
-        except ValueError as error:
+        except InputError as error:
             raise RecordError(f"candidate {index}: {error}") from error
     return score_conversations(
         prm, tokenizer, conversations, images, max_tiles=max_tiles, score_over=score_over
@@ -71,7 +71,7 @@ def score_conversations(
 
     Raises:
         RecordError: a conversation cannot be encoded; it is named by its index, as a candidate.
-        ValueError: a score is not a number.
+        InputError: a score is not a number.
     """
     tiles = [image_tiles(data, max_tiles, prm.tile_size) for data in images]
     counts = [len(part) for part in tiles]
@@ -82,11 +82,11 @@ def score_conversations(
                 turns, tokenizer, counts, prm.tokens_per_tile, label_context="plus"
             )
             if (length := len(conversation.input_ids)) > prm.max_length:
-                raise ValueError(
+                raise InputError(
                     f"{length} tokens are more than the model's context of {prm.max_length}; lower "
                     f"max_patch_num, now {max_tiles}, or leave the question out"
                 )
-        except ValueError as error:
+        except InputError as error:
             raise RecordError(f"candidate {index}: {error}") from error
         encoded.append(conversation)
 
@@ -103,7 +103,7 @@ def score_conversations(
     result = [scores[tuple(conversation.input_ids)] for conversation in encoded]
     for index, values in enumerate(result):
         if any(math.isnan(value) for value in values):
-            raise ValueError(
+            raise InputError(
                 f"candidate {index}: a step score is not a number; the model's weights are broken "
                 "or overflow in this precision, try fp32"
             )

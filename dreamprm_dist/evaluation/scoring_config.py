@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 
 from dreamprm_dist.api import PRM
-from dreamprm_dist.data.shards import file_sha256
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import flag
 
 # Processes finish at different times, for images have different sizes; the default of ten minutes
@@ -31,12 +32,12 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         if self.max_patch_num < 1:
-            raise ValueError(f"max_patch_num is {self.max_patch_num}; it must be at least 1")
+            raise InputError(f"max_patch_num is {self.max_patch_num}; it must be at least 1")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU; use --device cpu")
+            raise InputError("device is cuda, but torch sees no GPU; use --device cpu")
 
     def load(self, model: str, device: torch.device | None = None) -> PRM:
-        """The PRM of a local folder or a hub name; ValueError as `PRM.from_pretrained`."""
+        """The PRM of a local folder or a hub name; InputError as `PRM.from_pretrained`."""
         return PRM.from_pretrained(
             model,
             precision=self.precision,

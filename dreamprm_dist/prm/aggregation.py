@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dreamprm_dist.errors import InputError
+
 
 # Padding is replaced before any arithmetic, never multiplied by zero after it: a log(0) or a NaN
 # in the padding would still poison the gradient.
@@ -62,13 +64,13 @@ def aggregate(name: str, scores: Tensor, mask: Tensor) -> Tensor:
         Shape (B,), differentiable in `scores`; nothing reaches the padding.
 
     Raises:
-        ValueError: the name is unknown, or a row has no step.
+        InputError: the name is unknown, or a row has no step.
     """
     if name not in AGGREGATIONS:
-        raise ValueError(f"unknown aggregation {name!r}; choose from {', '.join(AGGREGATIONS)}")
+        raise InputError(f"unknown aggregation {name!r}; choose from {', '.join(AGGREGATIONS)}")
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(
+        raise InputError(
             f"cannot aggregate row(s) {empty}: they have no step; leave out solutions without steps"
         )
     return AGGREGATIONS[name](scores, mask)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation
 from dreamprm_dist.prm.tiling import image_tiles
 
@@ -101,7 +102,7 @@ def encode_instance(
         tiled: tiles of images that other instances of the batch show; this one's are added.
 
     Raises:
-        ValueError: the instance is longer than `format.max_length`, or see `encode_conversation`.
+        InputError: the instance is longer than `format.max_length`, or see `encode_conversation`.
     """
     tiled = {} if tiled is None else tiled
     for data in images:
@@ -116,7 +117,7 @@ def encode_instance(
         format.label_context,
     )
     if len(encoded.input_ids) > format.max_length:
-        raise ValueError(
+        raise InputError(
             f"{len(encoded.input_ids)} tokens are more than the model's context of "
             f"{format.max_length}; lower max_patch_num, now {format.max_tiles}, or leave the "
             "record out"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.schema import IMAGE_PLACEHOLDER, RESERVED_TOKENS
+from dreamprm_dist.errors import InputError
 
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -41,12 +42,12 @@ class EncodedConversation:
 
 
 def label_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The token ids of `+` and `-`; raises ValueError where either is not one token."""
+    """The token ids of `+` and `-`; raises InputError where either is not one token."""
     ids = {}
     for label in "+-":
         tokens = tokenizer.encode(label, add_special_tokens=False)
         if len(tokens) != 1:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer writes the label {label!r} as {len(tokens)} tokens; a PRM needs a "
                 "tokenizer in which `+` and `-` are single tokens"
             )
@@ -72,11 +73,11 @@ def encode_conversation(
             given labels, `plus` always `+`, as when candidates are scored.
 
     Raises:
-        ValueError: images and `<image>` placeholders do not match, the text holds a reserved
+        InputError: images and `<image>` placeholders do not match, the text holds a reserved
             token, or there is no step.
     """
     if label_context not in LABEL_CONTEXTS:
-        raise ValueError(f"label_context is {label_context!r}; choose from {LABEL_CONTEXTS}")
+        raise InputError(f"label_context is {label_context!r}; choose from {LABEL_CONTEXTS}")
     tiles = [num_tiles] if isinstance(num_tiles, int) else list(num_tiles)
     label_ids = label_token_ids(tokenizer)
     image_blocks = iter(
@@ -88,13 +89,13 @@ def encode_conversation(
         if turn["from"] != "gpt"
     )
     if placeholders not in (0, len(tiles)):
-        raise ValueError(
+        raise InputError(
             f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(tiles)} images"
         )
 
     for turn in conversations:
         if turn["from"] != "gpt" and any(token in turn["value"] for token in RESERVED_TOKENS):
-            raise ValueError(f"a turn's text holds one of the reserved tokens {RESERVED_TOKENS}")
+            raise InputError(f"a turn's text holds one of the reserved tokens {RESERVED_TOKENS}")
 
     # Text between two labels is tokenised in one piece, as the reference does; a label and the
     # special tokens around it never merge with their neighbours.
@@ -123,5 +124,5 @@ def encode_conversation(
         pending += f"{TURN_END}\n"
     input_ids += tokenizer.encode(pending, add_special_tokens=False)
     if not positions:
-        raise ValueError("the conversation has no step: no `gpt` turn")
+        raise InputError("the conversation has no step: no `gpt` turn")
     return EncodedConversation(input_ids, positions, targets)

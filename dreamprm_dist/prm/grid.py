@@ -7,6 +7,8 @@ from fractions import Fraction
 from functools import lru_cache
 from math import ceil
 
+from dreamprm_dist.errors import InputError
+
 
 @lru_cache
 def _candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
@@ -37,7 +39,7 @@ def tile_grid(width: int, height: int, max_tiles: int, tile_size: int = 448) -> 
         (columns, rows).
     """
     if width < 1 or height < 1 or max_tiles < 1:
-        raise ValueError(
+        raise InputError(
             f"cannot tile an image of {width} x {height} pixels into at most {max_tiles} tiles: "
             "all three must be at least 1"
         )

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
+from dreamprm_dist.errors import InputError
+
 MODEL_TYPE = "internvl_chat"
 _SOURCE = "OpenGVLab/InternVL3-1B"  # whose code an exported config names, for who runs such code
 
@@ -79,24 +81,24 @@ def from_original_config(original: Mapping, image_token_id: int) -> InternVLConf
         image_token_id: id of `<IMG_CONTEXT>`, which the original leaves to the tokenizer.
 
     Raises:
-        ValueError: a setting that the mapping cannot express, or one that is missing.
+        InputError: a setting that the mapping cannot express, or one that is missing.
     """
     for name, value in _REQUIRED.items():
         if (found := original.get(name, value)) != value:
-            raise ValueError(f"its config.json says {name} {found!r}; only {value!r} can be loaded")
+            raise InputError(f"its config.json says {name} {found!r}; only {value!r} can be loaded")
     vision, text = original.get("vision_config"), original.get("llm_config")
     if not isinstance(vision, dict) or not isinstance(text, dict):
-        raise ValueError("its config.json has no vision_config and llm_config")
+        raise InputError("its config.json has no vision_config and llm_config")
     architecture = text.get("model_type") or (text.get("architectures") or ["unnamed"])[0]
     if architecture not in ("qwen2", "Qwen2ForCausalLM"):
-        raise ValueError(
+        raise InputError(
             f"its language model is {architecture!r}; only Qwen2, as in InternVL3, can be loaded"
         )
     if missing := sorted({"hidden_size", "num_hidden_layers", "num_attention_heads"} - {*vision}):
-        raise ValueError(f"its vision_config lacks {', '.join(missing)}")
+        raise InputError(f"its vision_config lacks {', '.join(missing)}")
     tile_size = original.get("force_image_size") or vision.get("image_size", 448)
     if vision.get("image_size", tile_size) != tile_size:
-        raise ValueError(
+        raise InputError(
             f"its force_image_size is {tile_size}, but its position embeddings are those of "
             f"{vision['image_size']} pixels"
         )
@@ -176,13 +178,13 @@ def from_original_state(state: Mapping[str, Tensor], tied: bool) -> dict[str, Te
         tied: the head is the embedding matrix, and a copy of it in the file is one too many.
 
     Raises:
-        ValueError: a fused matrix cannot be split, or a tied head is another matrix.
+        InputError: a fused matrix cannot be split, or a tied head is another matrix.
     """
     result = {}
     for name, tensor in state.items():
         if name.startswith(_BLOCKS) and _FUSED in name:
             if len(tensor) % 3:
-                raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is no fused qkv")
+                raise InputError(f"tensor {name} of shape {tuple(tensor.shape)} is no fused qkv")
             for part, chunk in zip(_SPLIT, tensor.chunk(3), strict=True):
                 # A copy: a view would keep the fused matrix in memory beside the model.
                 result[_prefix(name).replace(_FUSED, part)] = chunk.clone()
@@ -191,7 +193,7 @@ def from_original_state(state: Mapping[str, Tensor], tied: bool) -> dict[str, Te
     if tied and (head := result.pop("lm_head.weight", None)) is not None:
         embeddings = result.get("model.language_model.embed_tokens.weight")
         if embeddings is None or not torch.equal(head, embeddings):
-            raise ValueError(
+            raise InputError(
                 "its config.json ties lm_head to the embeddings, but its lm_head.weight is "
                 "another matrix; set tie_word_embeddings to false in llm_config"
             )
@@ -247,7 +249,7 @@ def read_original_state(name_or_path: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint's safetensors files, from a local folder or the hub.
 
     Raises:
-        ValueError: it has none (pickled weights are not read), or one is broken.
+        InputError: it has none (pickled weights are not read), or one is broken.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -256,13 +258,13 @@ def read_original_state(name_or_path: str) -> dict[str, Tensor]:
     files: Iterable[Path] = [single] if single.is_file() else sorted(folder.glob("model-*-of-*"))
     files = [file for file in files if file.suffix == ".safetensors"]
     if not files:
-        raise ValueError("it has no safetensors file; pickled weights (*.bin, *.pt) are not read")
+        raise InputError("it has no safetensors file; pickled weights (*.bin, *.pt) are not read")
     state: dict[str, Tensor] = {}
     for file in files:
         try:
             state |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file.name} is broken ({error}); fetch it again") from error
+            raise InputError(f"{file.name} is broken ({error}); fetch it again") from error
     return state
 
 

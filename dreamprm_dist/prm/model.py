@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.attention import attention_implementation, forward_mode
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
@@ -115,7 +116,7 @@ class PRM(nn.Module):
         """Names of the trained parameters that a `hypergradient_scope` covers.
 
         Raises:
-            ValueError: the language model has fewer layers, or all of the scope is frozen.
+            InputError: the language model has fewer layers, or all of the scope is frozen.
         """
         names = [name for name, p in self.named_parameters() if p.requires_grad]
         if scope == "all":
@@ -126,13 +127,13 @@ class PRM(nn.Module):
             wanted = int(scope.removeprefix("last_").removesuffix("_layers"))
             layers = len(self.model.model.language_model.layers)
             if wanted > layers:
-                raise ValueError(f"hypergradient_scope {scope}: the model has {layers} layers")
+                raise InputError(f"hypergradient_scope {scope}: the model has {layers} layers")
             last = range(layers - wanted, layers)
             prefixes = (f"{language}norm.", "model.lm_head.")
             prefixes += tuple(f"{language}layers.{layer}." for layer in last)
         names = [name for name in names if name.startswith(prefixes)]
         if not names:
-            raise ValueError(f"hypergradient_scope {scope}: all of its parameters are frozen")
+            raise InputError(f"hypergradient_scope {scope}: all of its parameters are frozen")
         return names
 
     def checkpoint_activations(self) -> None:
@@ -150,7 +151,7 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
     one (`InternVLChatModel`).
 
     Raises:
-        ValueError: it is no InternVL checkpoint, or tensors are missing, left over or misshapen.
+        InputError: it is no InternVL checkpoint, or tensors are missing, left over or misshapen.
     """
     config_dict = _read_config(name_or_path)
     original = config_dict["model_type"] == layout.MODEL_TYPE
@@ -165,7 +166,7 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
     try:
         if original:
             if (image_token_id := tokenizer.get_vocab().get(IMAGE_CONTEXT)) is None:
-                raise ValueError(f"its tokenizer lacks {IMAGE_CONTEXT}; give InternVL3's own")
+                raise InputError(f"its tokenizer lacks {IMAGE_CONTEXT}; give InternVL3's own")
             config = layout.from_original_config(config_dict, image_token_id)
             state = layout.read_original_state(name_or_path)
             state = layout.from_original_state(state, config.tie_word_embeddings)
@@ -183,9 +184,9 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
         model.config.tie_word_embeddings = head is embeddings
     except StrictDataclassError as error:  # a value of another type, which transformers refuses
         why = " ".join(str(error).split())
-        raise ValueError(f"model {name_or_path}: its config.json is wrong ({why})") from error
+        raise InputError(f"model {name_or_path}: its config.json is wrong ({why})") from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"model {name_or_path}: {error}") from error
+        raise InputError(f"model {name_or_path}: {error}") from error
     _remove_dropout(model)
     return PRM(model).to(device)
 
@@ -196,7 +197,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"model {name_or_path}: its tokenizer cannot be read ({why}); copy the tokenizer "
             "files of the model that it was trained from into its folder"
         ) from error
@@ -210,13 +211,13 @@ def _read_config(name_or_path: str) -> dict:
         config = InternVLConfig.get_config_dict(name_or_path)[0]
     except OSError as error:
         why = str(error).splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"model {name_or_path}: neither a folder with a config.json nor a model of the hub "
             f"within reach ({why})"
         ) from error
     model_type = config.get("model_type")
     if model_type not in (InternVLConfig.model_type, layout.MODEL_TYPE):
-        raise ValueError(
+        raise InputError(
             f"model {name_or_path}: its config.json says model_type {model_type!r}; give an "
             f"InternVL3 checkpoint, whose model_type is {InternVLConfig.model_type!r} or "
             f"{layout.MODEL_TYPE!r}"
@@ -232,7 +233,7 @@ def _check_tensors(info: dict) -> None:
         "of another shape": sorted(name for name, *_ in info["mismatched_keys"]),
     }
     if wrong := [f"{what}: {', '.join(names)}" for what, names in found.items() if names]:
-        raise ValueError(f"its tensors are not those of its config; {'; '.join(wrong)}")
+        raise InputError(f"its tensors are not those of its config; {'; '.join(wrong)}")
 
 
 def _remove_dropout(model: nn.Module) -> None:

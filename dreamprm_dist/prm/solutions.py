@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from dreamprm_dist.errors import InputError
+
 # The released checkpoints were trained with exactly this text.
 SYSTEM_PROMPT = """\
 You are an advanced AI assistant, designed to serve as a process supervision model. \
@@ -103,10 +105,10 @@ def steps_conversation(
         and an unlabelled `gpt` turn.
 
     Raises:
-        ValueError: there is no step.
+        InputError: there is no step.
     """
     if not steps:
-        raise ValueError("the solution has no step: its text is empty; remove it from the file")
+        raise InputError("the solution has no step: its text is empty; remove it from the file")
     conversation: list[dict[str, str | None]] = [
         {"from": "system", "value": system_prompt},
         {"from": "human", "value": QUESTION_PREFIX + question},

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure, whole_page, wrap
 from dreamprm_dist.report.runs import Run, read_json
 from dreamprm_dist.report.style import (
@@ -37,11 +38,11 @@ def write_demo_report(folder: Path) -> Path:
     """Write `report.html` into a folder that `launch/demo.py` made; returns its path.
 
     Raises:
-        ValueError: there is no `summary.json`, or a file is not what it should be.
+        InputError: there is no `summary.json`, or a file is not what it should be.
     """
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict):
-        raise ValueError(f"{folder} has no summary.json; name a folder that launch/demo.py made")
+        raise InputError(f"{folder} has no summary.json; name a folder that launch/demo.py made")
     found = {p.parent.name for n in ("metrics.jsonl", "config.yaml") for p in folder.glob(f"*/{n}")}
     runs = [Run.read(folder / name) for name in ordered(found)]
     truth = read_json(folder / "data" / "truth.json")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.report.accuracy import (
     figure_by_n,
     figure_intervals,
@@ -50,17 +51,17 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
             run with one, `evaluation/results.json`.
 
     Raises:
-        ValueError: a folder holds no run, or a file is not what it should be.
+        InputError: a folder holds no run, or a file is not what it should be.
     """
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds neither a run (metrics.jsonl) nor a demo (summary.json); name a "
                 "run folder of launch/train.py"
             )
     paths = [folder.resolve() for folder in folders]
     if len({*paths}) < len(paths):
-        raise ValueError("a run folder is named twice; name each once")
+        raise InputError("a run folder is named twice; name each once")
     runs = [Run.read(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):  # runs of several seeds have one name
         common = os.path.commonpath(paths)
@@ -70,7 +71,7 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     results = results or next(filter(Path.is_file, found), None)
     evaluation = read_json(results) if results else None
     if results and not (isinstance(evaluation, dict) and "table" in evaluation):
-        raise ValueError(f"{results} is no results.json of launch/evaluate.py")
+        raise InputError(f"{results} is no results.json of launch/evaluate.py")
     weighted = [run for run in runs if run.weights is not None]
     with_data = [(run, shards) for run in weighted if (shards := training_shards(run))]
     sections = {

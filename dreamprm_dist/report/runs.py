@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from dreamprm_dist.errors import InputError
+
 MOST_POINTS = 400  # of a curve; more would only make the page heavy
 
 
@@ -50,8 +52,8 @@ class Run:
 
 
 def read_json(path: Path) -> dict | list | None:
-    """What a JSON file holds, None where there is no such file; ValueError where it is not JSON."""
+    """What a JSON file holds, None where there is no such file; InputError where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamprm_dist import distributed
 from dreamprm_dist.data.sampler import owned_shards
+from dreamprm_dist.errors import InputError
 
 
 class RowPartition:
@@ -35,20 +36,20 @@ class RowPartition:
         """Local rows of sample IDs (B,).
 
         Raises:
-            ValueError: an ID is another rank's or beyond the data.
+            InputError: an ID is another rank's or beyond the data.
         """
         shards, rows = sample_ids % self.num_shards, sample_ids // self.num_shards
         foreign = shards % self.world_size != self.rank
         if foreign.any():
             stray = int(sample_ids[foreign][0])
-            raise ValueError(
+            raise InputError(
                 f"sample_id {stray} belongs to rank {stray % self.num_shards % self.world_size}, "
                 f"not to rank {self.rank}: each rank reads its own shards only"
             )
         local_shards = shards // self.world_size
         beyond = (sample_ids < 0) | (rows >= self._counts[local_shards])
         if beyond.any():
-            raise ValueError(f"sample_id {int(sample_ids[beyond][0])} is not in the training data")
+            raise InputError(f"sample_id {int(sample_ids[beyond][0])} is not in the training data")
         return self._offsets[local_shards] + rows
 
     def by_shard(self, values: Tensor) -> tuple[Tensor, ...]:

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dreamprm_dist.api import PRM
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 PAGE = Path(__file__).with_name("page.html")
@@ -150,7 +151,7 @@ def create_app(prm: PRM, name: str, limits: Limits | None = None) -> FastAPI:
                 ),
                 limiter=one_at_a_time,
             )
-        except ValueError as error:
+        except InputError as error:
             raise HTTPException(422, str(error)) from error
         finally:
             waiting -= 1

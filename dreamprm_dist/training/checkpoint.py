@@ -12,9 +12,9 @@ read by their new owners.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,11 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamprm_dist import distributed
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import flush
 from dreamprm_dist.training.checkpoint_files import (
     clear_leftovers,
-    damage,
     files_of,
-    flush,
+    find_damage,
     flush_share,
     iteration_folder,
     iterations,
@@ -40,6 +41,8 @@ from dreamprm_dist.training.checkpoint_files import (
     write_manifest,
 )
 from dreamprm_dist.training.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -154,18 +157,19 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint, the same on all ranks; None where there is none at all.
 
     Raises:
-        ValueError: there are checkpoints, but every one is damaged.
+        InputError: there are checkpoints, but every one is damaged.
     """
     folder = run_folder / CHECKPOINTS
     found = json.loads(distributed.broadcast_text(json.dumps(iterations(folder))))
     for iteration in found:
         path = iteration_folder(folder, iteration)
-        problem = damage(path)
+        problem = find_damage(path)
         if problem is None:
             return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
-        say(f"warning: checkpoint {path} is damaged and skipped: {problem}")
+        if distributed.rank() == 0:
+            logger.warning("checkpoint %s is damaged and skipped: %s", path, problem)
     if found:
-        raise ValueError(
+        raise InputError(
             f"no checkpoint in {folder} is whole; choose another weights_path, or remove the run "
             "folder to start anew"
         )
@@ -175,17 +179,17 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
 def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful | None) -> None:
     """Put all state back on this rank. The checkpoint comes from `newest_checkpoint`."""
     path, saved_by = checkpoint.path, checkpoint.state["world_size"]
-    say(f"resuming from {path}")
+    logger.info("resuming from %s", path)
     for name, saved in checkpoint.state["versions"].items():
-        if _versions()[name] != saved:
-            say(
-                f"warning: {path} was made with {name} {saved}, this is {_versions()[name]}: "
-                "results may differ in their last digits"
+        if _versions()[name] != saved and distributed.rank() == 0:
+            logger.warning(
+                "%s was made with %s %s, this is %s: results may differ in their last digits",
+                *(path, name, saved, _versions()[name]),
             )
     if saved_by == distributed.world_size():
         engine.load(path / "deepspeed")
     else:
-        say(f"from {saved_by} to {distributed.world_size()} rank(s)")
+        logger.info("from %d to %d rank(s)", saved_by, distributed.world_size())
         engine.load_universal(path / "deepspeed", path.with_name("universal.new"))
     files = [_rank_file(path, rank) for rank in range(saved_by)]
     if reweighter is not None:
@@ -217,12 +221,6 @@ class SavedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-def say(message: str) -> None:
-    """A line on stderr, from rank 0."""
-    if distributed.rank() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 def _validation_loss(path: Path) -> float:

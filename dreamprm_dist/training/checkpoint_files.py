@@ -7,7 +7,6 @@ under other names. Whatever was altered in it later is found by the checksums in
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dreamprm_dist import distributed
-from dreamprm_dist.data.shards import file_sha256
+from dreamprm_dist.files import file_sha256, flush
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -79,7 +78,7 @@ def write_manifest(path: Path, checksums: dict[str, str]) -> None:
     flush(path)
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, the same on all ranks; None when it is whole."""
     recorded, problem = {}, None
     if distributed.rank() == 0:
@@ -99,15 +98,6 @@ def damage(path: Path) -> str | None:
         wrong = sorted(name for part in parts for name in json.loads(part))
         problem = f"the checksum of {wrong[0]} does not match" if wrong else None
     return problem
-
-
-def flush(path: Path) -> None:
-    """Have a file or a folder on the disk itself, so that it outlives the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

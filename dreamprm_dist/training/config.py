@@ -15,6 +15,8 @@ from typing import Literal
 
 import yaml
 
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import write_whole
 from dreamprm_dist.flags import flag, parse_args
 from dreamprm_dist.training.trackers import check_trackers
 
@@ -210,43 +212,43 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.run.retrain and self.run.baseline:
-            raise ValueError("retrain and baseline are the same loop; choose one of the two")
+            raise InputError("retrain and baseline are the same loop; choose one of the two")
         upper = self.upper
         if not re.fullmatch(r"all|language_model|last_[1-9]\d*_layers", upper.hypergradient_scope):
-            raise ValueError(
+            raise InputError(
                 f"hypergradient_scope {upper.hypergradient_scope!r} is unknown; use all, "
                 "language_model, or last_N_layers such as last_4_layers"
             )
         if upper.hypergradient == "gradient_dot" and upper.differentiate_weights:
-            raise ValueError(
+            raise InputError(
                 "gradient_dot cannot differentiate weights that depend on the PRM; use jvp, or "
                 "leave differentiate_weights out"
             )
         if upper.reweighter == "instance_net" and upper.activation_function == "Project":
-            raise ValueError(
+            raise InputError(
                 "Project is for the table's rows; use Clip or sigmoid with instance_net"
             )
         check_trackers(self.run.trackers)
         fraction = self.data.meta_validation_fraction
         if not 0 <= fraction < 1:
-            raise ValueError(f"meta_validation_fraction is {fraction}; it lies from 0 to below 1")
+            raise InputError(f"meta_validation_fraction is {fraction}; it lies from 0 to below 1")
         if self.run.keep_best and (self.unweighted or not fraction):
-            raise ValueError("keep_best needs a meta set and a meta_validation_fraction above 0")
+            raise InputError("keep_best needs a meta set and a meta_validation_fraction above 0")
         if self.run.collective_timeout <= 0:
-            raise ValueError(
+            raise InputError(
                 f"collective_timeout is {self.run.collective_timeout} minutes; it must be above 0"
             )
         if self.upper.activation_function in ("Clip", "Project") and not (
             self.upper.weight_min <= self.upper.initialization <= self.upper.weight_max
         ):
-            raise ValueError(
+            raise InputError(
                 f"initialization {self.upper.initialization} lies outside weight_min "
                 f"{self.upper.weight_min} and weight_max {self.upper.weight_max}"
             )
         for section in (self.data, self.lower, self.upper, self.run):
             for name in _AT_LEAST_ONE & vars(section).keys():
                 if getattr(section, name) < 1:
-                    raise ValueError(f"{name} is {getattr(section, name)}; it must be at least 1")
+                    raise InputError(f"{name} is {getattr(section, name)}; it must be at least 1")
 
     @property
     def unweighted(self) -> bool:
@@ -316,6 +318,4 @@ def parse_train_config(argv: Sequence[str] | None = None) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as a recipe that starts the same run again."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
-    new.replace(path)
+    write_whole(path, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dreamprm_dist import distributed
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
@@ -87,7 +88,7 @@ class Engine:
         prm.train()  # dropout is removed at load; only activation checkpointing reads the mode
         parameters = [p for p in prm.parameters() if p.requires_grad]
         if not parameters:
-            raise ValueError("every parameter is frozen; unfreeze the vision tower or the model")
+            raise InputError("every parameter is frozen; unfreeze the vision tower or the model")
         lower = config.lower
         optimizer = torch.optim.AdamW(
             parameters,
@@ -280,11 +281,11 @@ class Engine:
         """Put back what `save` wrote at this world size. The files are pickles: verify them first.
 
         Raises:
-            ValueError: DeepSpeed finds no checkpoint in the folder.
+            InputError: DeepSpeed finds no checkpoint in the folder.
         """
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:
-            raise ValueError(f"{folder} holds no DeepSpeed checkpoint")
+            raise InputError(f"{folder} holds no DeepSpeed checkpoint")
 
     def load_universal(self, folder: Path, scratch: Path) -> None:
         """Put back what `save` wrote at another world size; verify the files first, as for `load`.
@@ -325,7 +326,7 @@ def deepspeed_config(config: TrainConfig, device: torch.device, largest: int) ->
         largest: elements of the largest trained parameter.
 
     Raises:
-        ValueError: the JSON sets a value that the configuration owns to something else.
+        InputError: the JSON sets a value that the configuration owns to something else.
     """
     strategy = config.run.strategy
     if strategy == "default":
@@ -345,13 +346,13 @@ def deepspeed_config(config: TrainConfig, device: torch.device, largest: int) ->
     }
     for key, value in owned.items():
         if settings.get(key, value) not in (value, "auto"):
-            raise ValueError(
+            raise InputError(
                 f"{file}: {key} is {settings[key]}, but the configuration says {value}; leave it "
                 "out of the file"
             )
     for key in ("optimizer", "scheduler"):
         if key in settings:
-            raise ValueError(f"{file}: {key} belongs to the configuration; leave it out")
+            raise InputError(f"{file}: {key} belongs to the configuration; leave it out")
     zero = settings["zero_optimization"]
     if zero.get("overlap_comm"):
         # The gradient of a parameter that is larger than the bucket DeepSpeed reduces on a stream

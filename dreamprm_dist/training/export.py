@@ -1,8 +1,5 @@
 """What a run leaves behind: `export/` with the PRM and `instance_weights.parquet`."""
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,20 +16,6 @@ from dreamprm_dist.training.config import TrainConfig
 from dreamprm_dist.training.model_card import model_card
 
 INSTANCE_WEIGHTS = "instance_weights.parquet"
-
-
-@contextlib.contextmanager
-def export_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block ends without an exception."""
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_prm(

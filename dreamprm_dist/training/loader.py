@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dreamprm_dist.data.held_out import RowSubset
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.batch import Batch, InputFormat, Instance, collate, encode_instance
 from dreamprm_dist.prm.chat import encode_conversation
 from dreamprm_dist.prm.grid import num_tiles
@@ -83,8 +84,8 @@ class RankBatches(Dataset):
                 record.get("true_false", False),
                 tiled,
             )
-        except ValueError as error:
-            raise ValueError(_named(self.shards, record, error)) from error
+        except InputError as error:
+            raise InputError(_named(self.shards, record, error)) from error
 
     def stream(self, first: int, count: int, num_workers: int, device: torch.device) -> Iterator:
         """Items first to first + count - 1, read ahead by worker processes."""
@@ -140,7 +141,7 @@ class RankBatches(Dataset):
                         f"{self.format.max_length}",
                     )
         if too_long:
-            raise ValueError(
+            raise InputError(
                 f"{first} ({too_long} such records on this rank); lower max_patch_num, now "
                 f"{self.format.max_tiles}, or leave the records out and shard again"
             )

@@ -5,10 +5,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
+from dreamprm_dist.files import JsonLines, whole_lines, write_whole
 from dreamprm_dist.training.trackers import Trackers
 
 FIELDS = {
@@ -38,16 +40,10 @@ FIELDS = {
 }
 
 
-def cut_back(path: Path, iteration: int) -> None:
+def truncate(path: Path, iteration: int) -> None:
     """Drop the lines after an iteration, and a last one that was not written to its end."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["iteration"] > iteration:
-            break
-        kept.append(line)
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    new.replace(path)
+    kept = takewhile(lambda line: json.loads(line)["iteration"] <= iteration, whole_lines(path))
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 class MetricsWriter:
@@ -59,21 +55,21 @@ class MetricsWriter:
 
     def __init__(self, path: Path, trackers: Trackers | None):
         self._trackers = trackers
-        self._file = path.open("a", encoding="utf-8", buffering=1) if trackers else None
+        self._lines = JsonLines(path) if trackers else None
 
     def write(self, values: dict[str, float]) -> None:
-        if self._file:
+        if self._lines and self._trackers:
             # JSON has no NaN and no infinity.
             line = {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in values.items()
             }
-            self._file.write(json.dumps(line) + "\n")
+            self._lines.add(line)
             self._trackers.log(values, int(values["iteration"]))
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
+        if self._lines and self._trackers:
+            self._lines.close()
             self._trackers.close()
 
 

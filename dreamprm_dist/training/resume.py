@@ -6,6 +6,7 @@ from them, and so every global batch holds the same instances.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import yaml
@@ -14,8 +15,11 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.sampler import check_divisible
 from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
 from dreamprm_dist.data.shards import ShardFolder, file_sha256
-from dreamprm_dist.training.checkpoint import Checkpoint, newest_checkpoint, say
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.training.checkpoint import Checkpoint, newest_checkpoint
 from dreamprm_dist.training.config import BATCH_FLAGS, TrainConfig, parse_train_config
+
+logger = logging.getLogger(__name__)
 
 # Settings in which a resumed run may differ from the one it goes on with. Data are compared by
 # content and not by where they lie, batch sizes by the global ones.
@@ -47,7 +51,7 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
         metrics: the file that a run which has begun has written.
 
     Raises:
-        ValueError: the run folder is another run's, naming the first setting that differs.
+        InputError: the run folder is another run's, naming the first setting that differs.
     """
     folder, may_resume = metrics.parent, config.run.resume == "auto"
     checkpoint = newest_checkpoint(folder) if may_resume else None
@@ -55,13 +59,13 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
         saved = _with_younger_flags(checkpoint.state["settings"], settings)
         for name, value in saved.items():
             if value != settings.get(name):
-                raise ValueError(
+                raise InputError(
                     f"{checkpoint.path} was made with {name} = {value}, but now it is "
                     f"{settings.get(name)}; set it back, or choose another weights_path for a new "
                     "run"
                 )
     elif metrics.exists() and not (may_resume and _is_same_run(config, folder / "config.yaml")):
-        raise ValueError(f"{folder} already holds a run; choose another weights_path or remove it")
+        raise InputError(f"{folder} already holds a run; choose another weights_path or remove it")
     return checkpoint
 
 
@@ -74,7 +78,7 @@ def fit_to_ranks(
     """The configuration with micro-batches that make the run's global batches on these ranks.
 
     Raises:
-        ValueError: this number of ranks cannot share them, naming numbers that can.
+        InputError: this number of ranks cannot share them, naming numbers that can.
     """
     sizes, ranks = checkpoint.state["global_batch_sizes"], distributed.world_size()
     for size, shards in zip(sizes.values(), (train_shards, meta_shards), strict=False):
@@ -82,9 +86,10 @@ def fit_to_ranks(
     fitted = config.with_global_batch_sizes(sizes, ranks)
     if fitted != config:
         lower = fitted.lower
-        say(
-            f"the global batch of {sizes['batch_size']} stays: now {ranks} rank(s) x batch_size "
-            f"{lower.batch_size} x gradient_accumulation {lower.gradient_accumulation}"
+        logger.info(
+            "the global batch of %d stays: now %d rank(s) x batch_size %d x "
+            "gradient_accumulation %d",
+            *(sizes["batch_size"], ranks, lower.batch_size, lower.gradient_accumulation),
         )
     return fitted
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dreamprm_dist.errors import InputError
+
 
 class SkippedSteps:
     """Counts them and ends the run when they do not cease; the same on all ranks.
@@ -23,12 +25,12 @@ class SkippedSteps:
         """Say that all steps of an iteration were noted.
 
         Raises:
-            ValueError: it is the last of `limit` iterations in a row with a skipped step.
+            InputError: it is the last of `limit` iterations in a row with a skipped step.
         """
         self._in_row = self._in_row + 1 if self._in_iteration else 0
         self._in_iteration = 0
         if self._in_row == self._limit:
-            raise ValueError(
+            raise InputError(
                 f"iteration {iteration}: a loss or gradient was NaN or infinite in "
                 f"{self._in_row} iterations in a row (max_bad_steps), and the steps were skipped; "
                 "lower lr or meta_lr, and look at the last lines of metrics.jsonl"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dreamprm_dist.errors import InputError
+
 PROJECT = "dreamprm_dist"
 
 
@@ -23,7 +25,7 @@ class Trackers:
         settings: of the run, flat.
 
     Raises:
-        ValueError: a name is unknown, or its package is not installed.
+        InputError: a name is unknown, or its package is not installed.
     """
 
     def __init__(self, names: str | None, folder: Path, settings: Mapping[str, object]):
@@ -64,7 +66,7 @@ def check_trackers(names: str | None) -> Sequence[str]:
     """The single names.
 
     Raises:
-        ValueError: a name is unknown, or its package is not installed.
+        InputError: a name is unknown, or its package is not installed.
     """
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if not wanted:
@@ -74,11 +76,11 @@ def check_trackers(names: str | None) -> Sequence[str]:
     available = {str(name.value) for name in get_available_trackers()}
     for name in wanted:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
+            raise InputError(
                 f"unknown tracker {name!r}; choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
             )
         if name not in available:
-            raise ValueError(
+            raise InputError(
                 f"tracker {name!r} is not installed; pip install -e .[track] has tensorboard and "
                 "wandb, pip install its own package for another"
             )

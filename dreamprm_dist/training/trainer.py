@@ -14,6 +14,7 @@ right after its own step and with v taken there, from one meta batch for the who
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.files import whole_folder
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.losses import Observation, instance_losses, meta_losses
 from dreamprm_dist.prm.batch import Batch, InputFormat
@@ -38,14 +40,16 @@ from dreamprm_dist.reweighters.base import Surroundings
 from dreamprm_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.training.config import TrainConfig, save_config
 from dreamprm_dist.training.engine import Engine, LowerStep
-from dreamprm_dist.training.export import export_folder, export_prm, export_weights
+from dreamprm_dist.training.export import export_prm, export_weights
 from dreamprm_dist.training.full_pass import mean_loss, raw_weights_now
 from dreamprm_dist.training.loader import RankBatches
-from dreamprm_dist.training.metrics import MetricsWriter, Phases, cut_back, peak_memory_bytes
+from dreamprm_dist.training.metrics import MetricsWriter, Phases, peak_memory_bytes, truncate
 from dreamprm_dist.training.preemption import StopRequest
 from dreamprm_dist.training.resume import checkpoint_to_resume, fit_to_ranks, run_settings
 from dreamprm_dist.training.skipped_steps import SkippedSteps
 from dreamprm_dist.training.trackers import Trackers
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
@@ -61,7 +65,7 @@ class BilevelTrainer:
         device: from `distributed.initialize`.
 
     Raises:
-        ValueError: configuration, data and world size do not go together.
+        InputError: configuration, data and world size do not go together.
     """
 
     def __init__(
@@ -175,7 +179,7 @@ class BilevelTrainer:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.run_folder / "config.yaml")
             if (self.run_folder / METRICS).exists():
-                cut_back(self.run_folder / METRICS, done)
+                truncate(self.run_folder / METRICS, done)
         settings = self.config.as_dict()
         trackers = Trackers(run.trackers, self.run_folder, settings) if is_main else None
         writer = MetricsWriter(self.run_folder / METRICS, trackers)
@@ -221,8 +225,7 @@ class BilevelTrainer:
         progress.close()
         writer.close()
         if stopping:
-            if is_main:
-                print(f"stopped by a signal; saved at iteration {iteration}", flush=True)
+            logger.info("stopped by a signal; saved at iteration %d", iteration)
         else:
             self.export()
 
@@ -406,7 +409,7 @@ class BilevelTrainer:
         """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""
         weights = None if self.config.unweighted else self.instance_weights()
         if distributed.rank() == 0:
-            with export_folder(self.run_folder / "export") as folder:
+            with whole_folder(self.run_folder / "export") as folder:
                 export_prm(folder, self.engine.module, self.tokenizer, self.config)
                 if weights is not None:
                     export_weights(folder, self.train_shards, *weights)

@@ -12,8 +12,8 @@ TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
-    """Runs `launch/train.py` in this process and returns what it exits with."""
+def train(monkeypatch, capsys, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
+    """Runs `launch/train.py` in this process and returns the sentence that it ends with."""
 
     def run(**flags) -> str:
         flags = {
@@ -29,8 +29,9 @@ def train(monkeypatch, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
         monkeypatch.setattr(sys, "argv", [str(TRAIN), *argv])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(TRAIN), run_name="__main__")
-        message = str(stop.value)
-        assert message.startswith("error: ") and "\n" not in message
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.split("\r")[-1]
+        assert "error: " in message and message.endswith("\n") and message.count("\n") == 1
         return message
 
     return run

@@ -24,6 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from data_tools.convert import main as convert
 from data_tools.demo_model import train_tokenizer
 from data_tools.generate import FAILURES_IN_A_ROW, PROMPT, main
+from dreamprm_dist.errors import InputError
 
 REPO = Path(__file__).resolve().parents[2]
 KEY = "sk-very-secret-0123456789"
@@ -229,7 +230,7 @@ def test_what_keeps_failing_is_told_and_asked_for_by_the_next_run(
     server, command, tmp_path, failure
 ):
     server.misbehave = lambda body, number: failure if "Question 2:" in str(body) else None
-    with pytest.raises(SystemExit, match=r"error: 3 of 18 candidates did not come") as stopped:
+    with pytest.raises(InputError, match=r"3 of 18 candidates did not come") as stopped:
         main([*command, "--retries", "1"])
     assert KEY not in str(stopped.value)
     assert outputs(tmp_path) == ["candidates.jsonl.partial"]
@@ -249,7 +250,7 @@ def test_missing_candidates_may_be_allowed(server, command, tmp_path):
     assert [(row["id"], row["sample"]) for row in rows] == [e for e in EXPECTED if e[0] != "q2"]
     rejected = lines(tmp_path / "out" / "candidates.rejected.jsonl")
     assert [(entry["line"], entry["id"]) for entry in rejected] == [(3, "q2")] * 3
-    assert rejected[1]["reason"] == "candidate 1: ValueError: the answer has no text"
+    assert rejected[1]["reason"] == "candidate 1: InputError: the answer has no text"
 
 
 def test_what_the_server_will_never_answer_is_rejected(server, command, questions, tmp_path):
@@ -272,7 +273,7 @@ def test_what_the_server_will_never_answer_is_rejected(server, command, question
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_server_that_refuses_everything_is_not_asked_on(server, command, status):
     server.misbehave = lambda body, number: status
-    with pytest.raises(SystemExit, match=r"check --model, --base_url and OPENAI_API_KEY") as stop:
+    with pytest.raises(InputError, match=r"check --model, --base_url and OPENAI_API_KEY") as stop:
         main(command)
     assert KEY not in str(stop.value)
     assert len(server.requests) <= 4
@@ -280,7 +281,7 @@ def test_a_server_that_refuses_everything_is_not_asked_on(server, command, statu
 
 def test_a_server_that_is_down_is_not_asked_for_ever(server, command):
     server.close()
-    with pytest.raises(SystemExit, match=f"{FAILURES_IN_A_ROW} requests in a row have failed"):
+    with pytest.raises(InputError, match=f"{FAILURES_IN_A_ROW} requests in a row have failed"):
         main([*command, "--n", "100", "--retries", "0"])
 
 
@@ -330,7 +331,7 @@ def test_two_runs_at_once(server, command, tmp_path):
     thread.start()
     while not (tmp_path / "out" / "candidates.jsonl.partial").exists():
         time.sleep(0.01)
-    with pytest.raises(SystemExit, match="another run is writing it"):
+    with pytest.raises(InputError, match="another run is writing it"):
         main(command)
     thread.join()
     check_all_there(lines(tmp_path / "out" / "candidates.jsonl"))
@@ -338,10 +339,10 @@ def test_two_runs_at_once(server, command, tmp_path):
 
 def test_a_journal_of_another_job_is_refused(server, command, tmp_path):
     server.misbehave = lambda body, number: "empty" if "Question 2:" in str(body) else None
-    with pytest.raises(SystemExit, match="did not come"):
+    with pytest.raises(InputError, match="did not come"):
         main(command)
     for flags in (["--temperature", "1"], ["--model", "other"], ["--n", "1"]):
-        with pytest.raises(SystemExit, match="was not asked for by this command"):
+        with pytest.raises(InputError, match="was not asked for by this command"):
             main([*command, *flags])
     server.misbehave = lambda body, number: None
     main([*command, "--n", "4"])  # more of the same is no other job
@@ -350,7 +351,7 @@ def test_a_journal_of_another_job_is_refused(server, command, tmp_path):
 
 def test_what_is_there_is_not_replaced(command, tmp_path):
     main(command)
-    with pytest.raises(SystemExit, match="--overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         main(command)
     main([*command, "--overwrite", "--n", "1"])
     assert len(lines(tmp_path / "out" / "candidates.jsonl")) == 6

@@ -192,7 +192,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
 
 
 @pytest.fixture
-def refused(killed: Run, monkeypatch):
+def refused(killed: Run, monkeypatch, capsys):
     """Starts the killed run's folder on one rank with other flags; returns the message."""
 
     def start(*flags: str) -> str:
@@ -201,7 +201,8 @@ def refused(killed: Run, monkeypatch):
         monkeypatch.chdir(killed.folder)
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(TRAIN), run_name="__main__")
-        return str(stop.value)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
 
     return start
 

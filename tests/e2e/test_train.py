@@ -52,8 +52,8 @@ def table_run(tmp_path_factory, tiny_data_dir: Path, tiny_prm_dir: Path) -> Path
         *("--reward_model", tiny_prm_dir, "--weights_path", folder),
         *("--meta_validation_fraction", "0.4", "--keep_best", "1"),
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "64 training records in 4 shards" in done.stdout  # the cache says what it did
+    assert done.returncode == 0, done.stderr[-2000:] + done.stderr[-4000:]
+    assert "64 training records in 4 shards" in done.stderr  # the cache says what it did
     return folder
 
 

@@ -114,12 +114,14 @@ def test_a_run_under_deepspeed(
 ALONE = """
 import torch
 from dreamprm_dist import distributed
+from dreamprm_dist.errors import InputError
 
-one = torch.ones(1, device=distributed.initialize("cuda"))
-torch.distributed.all_reduce(one)
-if distributed.rank() == 1:
-    distributed.exit_with("error: rank 1 fails alone")
-torch.distributed.all_reduce(one)
+with distributed.joined("cuda") as device:
+    one = torch.ones(1, device=device)
+    torch.distributed.all_reduce(one)
+    if distributed.rank() == 1:
+        raise InputError("rank 1 fails alone")
+    torch.distributed.all_reduce(one)
 """
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dreamprm_dist.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from dreamprm_dist.training.checkpoint_files import MANIFEST
-from dreamprm_dist.training.metrics import cut_back
+from dreamprm_dist.training.metrics import truncate
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -95,13 +95,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_checkpoint_is_skipped_loudly_and_replaced(tmp_path: Path, problem, capsys):
+def test_a_damaged_checkpoint_is_skipped_loudly_and_replaced(tmp_path: Path, problem, caplog):
     for iteration in (1, 2, 3):
         save(tmp_path, iteration, keep_last=3)
     for iteration in (2, 3):
         DAMAGES[problem](tmp_path / "checkpoints" / f"iteration-{iteration}")
     assert newest_checkpoint(tmp_path).iteration == 1
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "iteration-3 is damaged and skipped" in said and problem in said
     save(tmp_path, 2)
     assert newest_checkpoint(tmp_path).iteration == 2
@@ -119,7 +119,7 @@ def test_metrics_are_cut_back_to_an_iteration_and_to_whole_lines(tmp_path: Path)
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"iteration": i}) + "\n" for i in (2, 4, 6)]
     file.write_text("".join(lines) + '{"iterat')
-    cut_back(file, 100)
+    truncate(file, 100)
     assert file.read_text() == "".join(lines)
-    cut_back(file, 5)
+    truncate(file, 5)
     assert file.read_text() == "".join(lines[:2])

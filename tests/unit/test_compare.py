@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
-from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.best_of_n import CandidateScores, clustered_bootstrap, select
 from dreamprm_dist.evaluation.compare import (
     compare,

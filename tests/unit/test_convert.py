@@ -14,11 +14,11 @@ from data_tools.convert import convert_raw, main
 from data_tools.mmmu import parse_options, question_record
 from data_tools.shard import shard_file
 from dreamprm_dist.data.schema import (
-    RecordError,
     parse_meta_record,
     parse_test_record,
     read_json_records,
 )
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
 REPO = Path(__file__).resolve().parents[2]
@@ -158,16 +158,16 @@ def test_inputs_of_one_name_and_files_that_are_there_are_refused(tmp_path):
     one = write(tmp_path / "a" / "geo.jsonl", [raw(1.0)])
     two = write(tmp_path / "b" / "geo.jsonl", [raw(1.0)])
     out = tmp_path / "out.jsonl"
-    with pytest.raises(SystemExit, match="error: several inputs are named geo"):
+    with pytest.raises(InputError, match="several inputs are named geo"):
         main(["raw", str(one), str(two), "--out", str(out)])
     main(["raw", str(one), "--out", str(out)])
-    with pytest.raises(SystemExit, match="pass --overwrite"):
+    with pytest.raises(InputError, match="pass --overwrite"):
         main(["raw", str(one), "--out", str(out)])
-    with pytest.raises(SystemExit, match="overwrite an input"):
+    with pytest.raises(InputError, match="overwrite an input"):
         main(["raw", str(out), "--out", str(out), "--overwrite"])
-    with pytest.raises(SystemExit, match=r"no such file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         main(["raw", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "new.jsonl")])
-    with pytest.raises(SystemExit, match=r"geo.jsonl, line 1: 'conversations'"):
+    with pytest.raises(InputError, match=r"geo.jsonl, line 1: 'conversations'"):
         main(["conversations", str(one), "--out", str(tmp_path / "new.jsonl")])
     assert {path.name for path in tmp_path.iterdir()} == {
         "a",
@@ -298,15 +298,15 @@ def test_a_datasets_folder_gives_the_same_as_parquet(questions, tmp_path):
     parts = {"validation": mmmu_dataset(tmp_path), "dev": mmmu_dataset(tmp_path).select([0])}
     datasets.DatasetDict(parts).save_to_disk(folder)
     out = tmp_path / "out" / "again.jsonl"
-    with pytest.raises(SystemExit, match="--split: dev, validation"):
+    with pytest.raises(InputError, match="--split: dev, validation"):
         main(["mmmu", str(folder), "--out", str(out)])
     command = ["mmmu", str(folder), "--out", str(out), "--split", "validation"]
     main([*command, "--image_dir", str(questions.with_name("questions_images"))])
     assert out.read_bytes() == questions.read_bytes()
-    with pytest.raises(SystemExit, match="nowhere: not there"):
+    with pytest.raises(FileNotFoundError, match="nowhere: not there"):
         main(["mmmu", str(tmp_path / "nowhere"), "--out", str(out), "--overwrite"])
     (tmp_path / "mmmu" / "Art" / "test-00000-of-00001.parquet").write_bytes(b"")
-    with pytest.raises(SystemExit, match="--split: test, validation"):
+    with pytest.raises(InputError, match="--split: test, validation"):
         main(["mmmu", str(tmp_path / "mmmu"), "--out", str(out), "--overwrite"])
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from data_tools.overlap import MAX_DISTANCE, main, normalised_question, perceptual_hash
 from data_tools.shard import shard_file
 from dreamprm_dist.data.images import decode_image
+from dreamprm_dist.errors import InputError
 
 
 def drawing(seed, size=(240, 180)):
@@ -120,9 +121,9 @@ def test_checks_can_be_chosen(files, tmp_path, flags, ids):
 def test_what_cannot_be_protected_is_an_error(files, tmp_path):
     train, test, _ = files
     (tmp_path / "test" / "t.png").unlink()
-    with pytest.raises(SystemExit, match=r"error: .*test.jsonl, line 1: image 't.png': no such"):
+    with pytest.raises(InputError, match=r"test.jsonl, line 1: image 't.png': no such"):
         main([str(train), "--against", str(test), "--out", str(tmp_path / "clean.jsonl")])
-    with pytest.raises(SystemExit, match="overwrite an input"):
+    with pytest.raises(InputError, match="overwrite an input"):
         main([str(train), "--against", str(test), "--out", str(test), "--overwrite"])
     assert not (tmp_path / "clean.jsonl").exists()
 

@@ -12,8 +12,8 @@ import data_tools.shard_pieces as pieces
 from data_tools.reencode import KEPT_BYTES, shard_image
 from data_tools.shard import shard_file
 from dreamprm_dist.data.images import read_image
-from dreamprm_dist.data.schema import RecordError
 from dreamprm_dist.data.shards import REJECTED, ShardFolder
+from dreamprm_dist.errors import RecordError
 from dreamprm_dist.prm.tiling import image_tiles
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from data_tools.sample import allocate, label_class, main, sample_file
+from dreamprm_dist.errors import InputError
 
 
 def record(i, labels, dataset="a", **fields):
@@ -128,8 +129,8 @@ def test_bad_requests_leave_no_file(source, tmp_path):
         (["--n", "300"], "150 records of class - are wanted and there are 100"),
         (["--n", "0"], "1 record or more"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        with pytest.raises(InputError, match=f"{message}"):
             main([str(source), "--out", out, *arguments])
-    with pytest.raises(SystemExit, match="overwrite the input"):
+    with pytest.raises(InputError, match="overwrite the input"):
         main([str(source), "--out", str(source), "--n", "2", "--overwrite"])
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]

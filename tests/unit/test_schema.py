@@ -12,12 +12,12 @@ from PIL import Image
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import (
     MetaRecord,
-    RecordError,
     parse_meta_record,
     parse_test_record,
     parse_training_record,
     read_json_records,
 )
+from dreamprm_dist.errors import RecordError
 
 GOOD = {
     "id": "q1",

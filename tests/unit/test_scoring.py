@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreamprm_dist.data.schema import RecordError
+from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.scoring import score_solutions
 from dreamprm_dist.losses import step_scores
 from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance

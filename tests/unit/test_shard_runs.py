@@ -20,6 +20,7 @@ from data_tools.folders import claim_folder, make_once
 from data_tools.shard import main, shard_file
 from data_tools.workers import start_workers
 from dreamprm_dist.data.shards import REJECTED, ShardFolder
+from dreamprm_dist.errors import InputError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -251,7 +252,7 @@ def test_a_command_killed_in_its_second_job_keeps_the_first(train, tmp_path, mon
     main(command)
     assert calls == ["training", "meta", "meta"]
     assert ShardFolder(out / "meta").num_rows == 8
-    with pytest.raises(SystemExit, match="--overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         main(command)
 
 

@@ -18,6 +18,7 @@ import data_tools.shard as shard_module
 from data_tools.shard import cached_shards, main, shard_file
 from data_tools.workers import start_workers
 from dreamprm_dist.data.shards import MANIFEST, REJECTED, ShardFolder
+from dreamprm_dist.errors import InputError
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -231,17 +232,18 @@ def test_every_rejected_record_has_a_line_with_its_reason(tmp_path, images, caps
     source = write_jsonl(
         tmp_path / "a.jsonl", [record(0, images[0]), *(b for b, _, _ in bad), record(99)]
     )
-    manifest = shard_file(source, tmp_path / "out", "training", 2)
-    found = rejected(tmp_path / "out")
+    main(["--train", str(source), "--out", str(tmp_path / "out"), "--num_shards", "2"])
+    out = tmp_path / "out" / "train"
+    found = rejected(out)
     assert [entry["line"] for entry in found] == list(range(2, 2 + len(bad)))
     for entry, (_, source_id, reason) in zip(found, bad, strict=True):
         assert set(entry) == {"line", "id", "reason"}
         assert entry["id"] == source_id and reason in entry["reason"]
-    assert (manifest["num_rows"], manifest["num_rejected"]) == (2, len(bad))
-    folder = ShardFolder(tmp_path / "out")
+    folder = ShardFolder(out)
+    assert (folder.num_rows, folder.manifest["num_rejected"]) == (2, len(bad))
     assert [folder.read(s, 0)["source_id"] for s in (0, 1)] == ["id0", "id99"]
     printed = capsys.readouterr().out
-    assert f"{len(bad)} rejected" in printed and str(tmp_path / "out" / REJECTED) in printed
+    assert f"{len(bad)} rejected" in printed and str(out / REJECTED) in printed
 
 
 def test_meta_without_true_false_is_rejected(tmp_path):
@@ -436,13 +438,13 @@ def test_command_line_writes_both_folders(train, tmp_path, capsys):
     main(arguments)
     assert ShardFolder(out / "train").num_shards == 4
     assert ShardFolder(out / "meta").num_shards == 2
-    with pytest.raises(SystemExit, match=r"error: .*--overwrite"):
+    with pytest.raises(InputError, match=r"--overwrite"):
         main(arguments)
     main([*arguments, "--overwrite"])
     with pytest.raises(SystemExit):
         main(["--out", str(out)])
     assert "give --train, --meta or both" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"error: .*no such file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         main(["--train", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
 
 

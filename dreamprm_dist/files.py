@@ -1,0 +1,110 @@
+"""Files that appear whole or not at all, JSON lines that survive a kill, and file hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dreamprm_dist.errors import InputError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
+    """Give a name to write a file under, which takes `path`'s place when the block ends well.
+
+    A reader of `path` sees all of it or what was there before.
+
+    Args:
+        unfinished: the name, by default `<path>.tmp`.
+    """
+    unfinished = unfinished or path.with_name(path.name + ".tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 that appears whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder, which takes `path`'s place when the block ends well."""
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def json_line(row: Mapping) -> str:
+    """A line of JSONL, in plain ASCII: half a surrogate pair cannot be written as UTF-8."""
+    return json.dumps(row) + "\n"
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file but one that a killed process has not written to its end."""
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return whole
+
+
+class JsonLines:
+    """JSONL that is added to, and that a kill leaves usable: half a line is cut off.
+
+    Args:
+        lock: refuse a file that another process has opened so.
+
+    Raises:
+        InputError: another process is writing the file.
+    """
+
+    def __init__(self, path: Path, lock: bool = False):
+        self._file = path.open("a+b")
+        if lock:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise InputError(f"{path}: another run is writing it; wait for its end") from None
+        self._file.seek(0)
+        self._file.truncate(sum(len(line) for line in self._file if line.endswith(b"\n")))
+
+    def add(self, row: Mapping) -> None:
+        """Write a row; when this returns, a kill does not lose it."""
+        self._file.write(json_line(row).encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def flush(path: Path) -> None:
+    """Have a file or a folder on the disk itself, so that it outlives the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hex; reads it in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
