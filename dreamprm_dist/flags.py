@@ -6,28 +6,74 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import inf, isfinite
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
 
 import yaml
 
 from dreamprm_dist.errors import InputError, report_error, start_logging
 
-Section = TypeVar("Section")
+
+class Bounds(NamedTuple):
+    """What a number that is a flag must be."""
+
+    at_least: float = -inf
+    above: float = -inf
+    below: float = inf
+
+    def hold(self, value: float) -> bool:
+        return self.at_least <= value < self.below and value > self.above
+
+    def __str__(self) -> str:
+        shown = (f"{k.replace('_', ' ')} {v:g}" for k, v in self._asdict().items() if isfinite(v))
+        return " and ".join(shown)
 
 
-def flag(default, help: str, aliases: Sequence[str] = ()):
+AtLeastOne = Annotated[int, Bounds(at_least=1)]
+Count = Annotated[int, Bounds(at_least=0)]
+NotNegative = Annotated[float, Bounds(at_least=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Fraction = Annotated[float, Bounds(at_least=0, below=1)]
+
+
+def flag(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
     """A dataclass field that is a command-line flag; `aliases` are other spellings of it."""
-    metadata = {"help": help}
+    metadata: dict[str, Any] = {"help": help}
     if aliases:
         metadata["aliases"] = [f"--{alias}" for alias in aliases]
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclass
+class FlagGroup:
+    """A dataclass of flags that refuses values which cannot be meant.
+
+    Attributes:
+        removed: values that flags once had, and what to use instead.
+
+    Raises:
+        InputError: naming the flag, its value and what it must be.
+    """
+
+    removed: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value, bounds = getattr(self, name), [*getattr(hint, "__metadata__", ()), Bounds()][0]
+            if isinstance(value, str) and (instead := self.removed.get(name, {}).get(value)):
+                raise InputError(f"{name} {value} is no longer there; {instead}")
+            if isinstance(value, float) and not isfinite(value):
+                raise InputError(f"{name} is {value}; it must be a finite number")
+            if isinstance(value, int | float) and not bounds.hold(value):
+                raise InputError(f"{name} is {value}; it must be {bounds}")
+
+
 def parse_args(
-    config_classes: tuple[type[Section], ...], argv: Sequence[str] | None, description: str
-) -> tuple[Section, ...]:
+    config_classes: tuple[type[Any], ...], argv: Sequence[str] | None, description: str
+) -> tuple[Any, ...]:
     """Read `--config recipe.yaml` (any number of them, later ones win), then the flags.
 
     Returns:
@@ -49,6 +95,12 @@ def parse_args(
     parser.add_argument(
         "--config", action="append", default=[], help="YAML recipe; flags override what it says."
     )
+    removed = {k: v for c in config_classes for k, v in getattr(c, "removed", {}).items()}
+    for action in parser._actions:
+        if action.dest in removed:  # for the group to refuse, saying what to use instead
+            valid = list(action.choices or [])
+            action.metavar = f"{{{','.join(valid)}}}"
+            action.choices = [*valid, *removed[action.dest]]
     known = {
         option.lstrip("-"): action.dest
         for action in parser._actions
@@ -61,8 +113,7 @@ def parse_args(
     _refuse_unknown_flags(argv, known)
     namespace = parser.parse_args(recipe_argv + argv)
     return tuple(
-        cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})
-        for cls in config_classes
+        cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in config_classes
     )
 
 

@@ -1,12 +1,14 @@
 """The two losses of the bi-level problem, from logits at the step positions."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamprm_dist.flags import FlagGroup, flag
 from dreamprm_dist.prm.aggregation import aggregate, pad_steps
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 
@@ -68,15 +70,32 @@ def step_scores(
     return logits.log_softmax(-1)[:, label_ids[label]].exp()
 
 
+@dataclass
+class MetaLossConfig(FlagGroup):
+    """What the upper level minimises."""
+
+    _argument_group_name: ClassVar[str] = "meta loss"
+
+    aggregation_function: Literal["mean", "min", "max", "log_mean", "product", "last"] = flag(
+        "mean", "How step scores become a solution's score."
+    )
+    loss_target: Literal["+", "both"] = flag(
+        "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."
+    )
+    meta_error: Literal["squared", "absolute"] = flag(
+        "squared", "Error of the meta loss; with absolute and loss_target + random answers cancel."
+    )
+    score_over: ScoreOver = flag(
+        "vocabulary", "Step scores of the meta loss: softmax over all words, or over + and -."
+    )
+
+
 def meta_losses(
     logits: Tensor,
     step_rows: Tensor,
     true_false: Tensor,
     label_ids: Mapping[str, int],
-    aggregation: str,
-    loss_target: Literal["+", "both"],
-    score_over: ScoreOver = "vocabulary",
-    error: Literal["squared", "absolute"] = "squared",
+    config: MetaLossConfig,
 ) -> Tensor:
     """Upper-level loss of each solution: how wrong its aggregated score is about its answer.
 
@@ -93,19 +112,18 @@ def meta_losses(
         logits: (n, vocabulary) at every step of the B solutions.
         step_rows: (n,) the solution each step belongs to.
         true_false: (B,) 1 where the final answer is right, else 0.
-        score_over: what P is taken over, see `step_scores`.
-        error: the square of the difference, as in the reference implementation, or its size.
+        label_ids: token ids of `+` and `-`.
 
     Returns:
         (B,).
     """
-    plus = step_scores(logits, label_ids, "+", score_over)
-    if loss_target == "+":
+    plus = step_scores(logits, label_ids, "+", config.score_over)
+    if config.loss_target == "+":
         scores, goal = plus, true_false
     else:
-        minus = step_scores(logits, label_ids, "-", score_over)
+        minus = step_scores(logits, label_ids, "-", config.score_over)
         scores = torch.where(true_false[step_rows] > 0.5, plus, minus)
         goal = torch.ones_like(true_false)
     padded, mask = pad_steps(scores, step_rows, len(true_false))
-    difference = aggregate(aggregation, padded, mask) - goal
-    return difference.abs() if error == "absolute" else difference.square()
+    difference = aggregate(config.aggregation_function, padded, mask) - goal
+    return difference.abs() if config.meta_error == "absolute" else difference.square()

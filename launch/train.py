@@ -8,11 +8,11 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import run
-from dreamprm_dist.training.config import TrainConfig, parse_train_config
-from dreamprm_dist.training.trainer import BilevelTrainer
+from dreamprm_dist.training.config import DataConfig, TrainConfig, parse_train_config
+from dreamprm_dist.training.run import TrainingRun
 
 
-def open_shards(path: str, kind: str, config) -> ShardFolder:
+def open_shards(path: str, kind: str, config: DataConfig) -> ShardFolder:
     """The shards at `path`; a raw JSON file is sharded into a cache first, by rank 0."""
     if Path(path).is_file():
         from data_tools.shard import cached_shards
@@ -29,9 +29,9 @@ def open_shards(path: str, kind: str, config) -> ShardFolder:
 def train(config: TrainConfig, device: torch.device) -> None:
     train_shards = open_shards(config.data.train_json_file, "training", config.data)
     meta_shards = None
-    if not config.unweighted:
+    if config.reads_meta:
         meta_shards = open_shards(config.data.meta_json_file, "meta", config.data)
-    BilevelTrainer(config, train_shards, meta_shards, device).train()
+    TrainingRun(config, train_shards, meta_shards, device).train()
 
 
 def main() -> None:

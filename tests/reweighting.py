@@ -1,27 +1,44 @@
-"""Small batches and surroundings that reweighters are tested in."""
+"""Small batches and reweighters in small runs."""
+
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dreamprm_dist.prm.batch import Batch
-from dreamprm_dist.reweighters.base import Surroundings
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.batch import Batch, InputFormat
+from dreamprm_dist.reweighters import REWEIGHTERS
+from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext
+from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
+from dreamprm_dist.training.loader import RankBatches
 
 NO_FEATURES = torch.zeros(0, 0)
 
 
-def surroundings(
-    rows_per_shard: list[int], num_steps: int = 1, hidden_size: int = 8, label_ids=None
-) -> Surroundings:
-    """Training instances whose `dataset` is "a" in even shards and "b" in odd ones."""
-    return Surroundings(
-        rows_per_shard,
-        lambda shard: ["ab"[shard % 2]] * rows_per_shard[shard],
-        num_steps,
-        torch.device("cpu"),
-        hidden_size,
-        label_ids or {"+": 0, "-": 1},
+def reweighter_of(
+    rows_per_shard: list[int],
+    num_steps: int = 1,
+    hidden_size: int = 8,
+    label_ids: dict[str, int] | None = None,
+    **settings,
+) -> Reweighter:
+    """A reweighter by its flags; the `dataset` is "a" in even shards and "b" in odd ones."""
+    context = ReweighterContext(
+        rows_per_shard=rows_per_shard,
+        read_datasets=lambda shard: ["ab"[shard % 2]] * rows_per_shard[shard],
+        num_steps=num_steps,
+        device=torch.device("cpu"),
+        hidden_size=hidden_size,
+        label_ids=label_ids or {"+": 0, "-": 1},
         seed=1,
     )
+    configs = [
+        group(**{f.name: settings[f.name] for f in fields(group) if f.name in settings})
+        for group in (ReweighterConfig, MetaOptimizerConfig)
+    ]
+    assert settings.keys() <= {f.name for config in configs for f in fields(config)}
+    return REWEIGHTERS[configs[0].reweighter](*configs, context)
 
 
 def batch_of(ids: list[int] | Tensor) -> Batch:
@@ -31,3 +48,21 @@ def batch_of(ids: list[int] | Tensor) -> Batch:
     no_tiles = rows[:0]
     true_false = torch.zeros(len(ids))
     return Batch(rows[:, None], None, no_tiles, rows, rows * 0, rows * 0, ids, true_false)
+
+
+def rank_batches(
+    folder: Path, tokenizer, format: InputFormat, size: int, level: int = 0, **settings
+) -> RankBatches:
+    """The batches of a run on one rank, each one micro-batch."""
+    return RankBatches(
+        shards=ShardFolder(folder),
+        tokenizer=tokenizer,
+        format=format,
+        global_batch_size=size,
+        micro_batch_size=size,
+        seed=1,
+        level=level,
+        rank=0,
+        world_size=1,
+        **settings,
+    )

@@ -5,7 +5,6 @@ arXiv:1806.09055, section 2.3). For parity and as a cross-check: its error is of
 float32 and tens of percent in bf16, where most weights absorb eps v in their rounding.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,13 +29,6 @@ def finite_difference(
 
     The moved parameters are copies: whatever is raised on the way, the PRM is as it was.
     """
-    if any(parameters[name].dtype == torch.bfloat16 for name in v):
-        # Python shows a warning of one place once.
-        warnings.warn(
-            "finite_difference in bf16 has an error of tens of percent, for the step vanishes in "
-            "the rounding of the parameters; use jvp, or precision fp32",
-            stacklevel=1,
-        )
     norms = [
         torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
         for t in v.values()

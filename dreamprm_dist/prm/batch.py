@@ -80,7 +80,9 @@ class Batch:
         return replace(self, **{k: function(v) for k, v in values.items() if v is not None})
 
     def to(self, device: torch.device) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """All on a device but `sample_ids`, by which rows are looked up without waiting for it."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, sample_ids=self.sample_ids)
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader."""

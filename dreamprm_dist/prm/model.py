@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.flags import FlagGroup, flag
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.attention import attention_implementation, forward_mode
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
@@ -24,6 +26,19 @@ if TYPE_CHECKING:
     from dreamprm_dist.prm.batch import Batch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class ModelConfig(FlagGroup):
+    """The PRM and how it is held."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    reward_model: str = flag("OpenGVLab/InternVL3-1B", "Local folder or hub name to start from.")
+    precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
+    freeze_vision_tower: bool = flag(False, "Do not train the vision tower.")
+    freeze_language_model: bool = flag(False, "Do not train the language model.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
 
 
 class StepOutput(NamedTuple):
@@ -62,6 +77,11 @@ class PRM(nn.Module):
     def max_length(self) -> int:
         """Context length in tokens."""
         return self.model.config.text_config.max_position_embeddings
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden states."""
+        return self.model.config.text_config.hidden_size
 
     def forward(self, batch: Batch) -> StepOutput:
         """Logits and hidden states at the batch's n step positions."""

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamprm_dist.training.config import UpperConfig
+from dreamprm_dist.reweighters.config import ReweighterConfig
 
-ACTIVATIONS: dict[str, Callable[[Tensor, UpperConfig], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor, ReweighterConfig], Tensor]] = {
     "LeakyReLU": lambda raw, config: F.leaky_relu(raw),
     "ReLU": lambda raw, config: F.relu(raw),
     "No": lambda raw, config: raw,

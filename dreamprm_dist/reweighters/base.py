@@ -1,11 +1,10 @@
-"""What the trainer asks of a reweighter, and what reweighters share."""
+"""Reweighters: their interface, and what they share."""
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,23 +14,24 @@ from dreamprm_dist import distributed
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
+from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.partition import RowPartition
 from dreamprm_dist.reweighters.schedules import build_schedule
-from dreamprm_dist.training.config import UpperConfig
 
 HISTOGRAM_BINS = 2048
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-class Surroundings(NamedTuple):
-    """What a reweighter is built into.
+@dataclass(frozen=True, kw_only=True)
+class ReweighterContext:
+    """The run that a reweighter is part of.
 
     Attributes:
         rows_per_shard: training instances of each shard.
-        read_datasets: the `dataset` of each row of a shard.
+        read_datasets: gives the `dataset` of each row of a shard.
         num_steps: upper steps of the run.
         device: where weights are held.
-        hidden_size: of the PRM.
+        hidden_size: width of the PRM's last hidden states.
         label_ids: token ids of `+` and `-`.
         seed: of the run.
     """
@@ -58,12 +58,13 @@ class Reweighter(ABC):
     learns = True
     differentiate_weights = False
 
-    def __init__(self, config: UpperConfig, surroundings: Surroundings):
-        self.config = config
-        self.partition = RowPartition(surroundings.rows_per_shard, surroundings.device)
-        self.device = surroundings.device
-        self._num_steps = surroundings.num_steps
-        self._warned = False
+    def __init__(
+        self, config: ReweighterConfig, optimizer: MetaOptimizerConfig, context: ReweighterContext
+    ):
+        self.config, self.optimizer_config = config, optimizer
+        self.partition = RowPartition(context.rows_per_shard, context.device)
+        self.device = context.device
+        self._num_steps = context.num_steps
 
     def features(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
         """What the weights of a batch are computed from, see `Observation`."""
@@ -80,13 +81,6 @@ class Reweighter(ABC):
     def weights(self, batch: Batch, features: Tensor) -> Tensor:
         """Weights (B,) that the lower level multiplies the instance losses by."""
         weights = self.activate(self.raw_weights_of(batch, features))
-        if not self._warned and bool((weights < 0).any()):
-            self._warned = True
-            warnings.warn(
-                "a weight is negative: the lower level now climbs on its instance; use "
-                "activation_function Project or Clip with weight_min 0 to prevent it",
-                stacklevel=2,
-            )
         return weights if self.differentiate_weights else weights.detach()
 
     @abstractmethod
@@ -101,6 +95,10 @@ class Reweighter(ABC):
             values, derivatives: from the estimator.
             size: the global batch size G.
         """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop what `add_hypergradient` has added."""
 
     @abstractmethod
     def step(self) -> Tensor:
@@ -167,21 +165,24 @@ class Reweighter(ABC):
     def statistics(self) -> dict[str, float]:
         """Mean, extremes and quantiles of the weights; the same on every rank."""
 
-    def _schedule_for(self, optimizer: Optimizer):
-        config = self.config
-        return build_schedule(
+    def _learn_by(self, optimizer: Optimizer) -> None:
+        """Set the optimizer, with its schedule over the run's upper steps."""
+        config = self.optimizer_config
+        self._optimizer = optimizer
+        self._schedule = build_schedule(
             config.meta_scheduler_type,
             optimizer,
-            self._num_steps,
-            config.meta_scheduler_step_size,
-            config.meta_scheduler_gamma,
+            num_steps=self._num_steps,
+            step_size=config.meta_scheduler_step_size,
+            gamma=config.meta_scheduler_gamma,
         )
 
     def _clipping_factor(self, squared_norm: Tensor) -> Tensor:
         """What a hypergradient of this global squared norm is multiplied by."""
-        if not self.config.meta_gradient_clipping:
+        largest = self.optimizer_config.meta_gradient_clipping
+        if not largest:
             return torch.ones_like(squared_norm)
-        return (self.config.meta_gradient_clipping / squared_norm.sqrt()).clamp(max=1)
+        return (largest / squared_norm.sqrt()).clamp(max=1)
 
 
 def weight_statistics(weights: Tensor) -> dict[str, float]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
-from dreamprm_dist.reweighters.base import Surroundings
+from dreamprm_dist.reweighters.base import ReweighterContext
+from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.features import FEATURES, labelled
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
-from dreamprm_dist.training.config import UpperConfig
 
 
 class InstanceNet(ReplicatedReweighter):
@@ -23,19 +23,21 @@ class InstanceNet(ReplicatedReweighter):
 
     reads_prm = True
 
-    def __init__(self, config: UpperConfig, surroundings: Surroundings):
-        super().__init__(config, surroundings)
+    def __init__(
+        self, config: ReweighterConfig, optimizer: MetaOptimizerConfig, context: ReweighterContext
+    ):
+        super().__init__(config, optimizer, context)
         self.differentiate_weights = config.differentiate_weights
         self._feature = FEATURES[config.instance_net_input]
-        self._label_ids = surroundings.label_ids
-        width = self._feature.width(surroundings.hidden_size)
+        self._label_ids = context.label_ids
+        width = self._feature.width(context.hidden_size)
         # A generator of its own, so that every rank has the same net whatever it drew before.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(surroundings.seed)
+            torch.manual_seed(context.seed)
             net = mlp(width, config.hidden_dim, config.num_layers)
         nn.init.zeros_(net[-1].weight)
         nn.init.constant_(net[-1].bias, config.initialization)
-        self._learn(net.to(surroundings.device))
+        self._learn(net.to(context.device))
 
     def features(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
         features = self._feature.read(output, losses, batch, self._label_ids)

@@ -11,9 +11,9 @@ from dreamprm_dist import distributed
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
-from dreamprm_dist.reweighters.base import Reweighter, Surroundings, weight_statistics
+from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext, weight_statistics
+from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
-from dreamprm_dist.training.config import UpperConfig
 
 
 class InstanceTable(Reweighter):
@@ -23,13 +23,15 @@ class InstanceTable(Reweighter):
         raw_weights: (local rows,) float32 in the partition's order.
     """
 
-    def __init__(self, config: UpperConfig, surroundings: Surroundings):
-        super().__init__(config, surroundings)
+    def __init__(
+        self, config: ReweighterConfig, optimizer: MetaOptimizerConfig, context: ReweighterContext
+    ):
+        super().__init__(config, optimizer, context)
         self.raw_weights = torch.full(
-            (self.partition.num_rows,), config.initialization, device=surroundings.device
+            (self.partition.num_rows,), config.initialization, device=context.device
         )
-        self._optimizer = ROW_UPDATES[config.row_update]([self.raw_weights], config)
-        self._schedule = self._schedule_for(self._optimizer)
+        make = ROW_UPDATES[config.row_update]
+        self._learn_by(make([self.raw_weights], optimizer, config.decay_target))
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def raw_weights_of(self, batch: Batch, features: Tensor) -> Tensor:
@@ -57,9 +59,12 @@ class InstanceTable(Reweighter):
             rows[None], values, self.raw_weights.shape, check_invariants=False
         ).coalesce()
 
+    def forget(self) -> None:
+        self._pending.clear()
+
     def step(self) -> Tensor:
         gradient = self.hypergradient()
-        self._pending.clear()
+        self.forget()
         squared_norm = gradient.values().square().sum()
         total = distributed.all_reduce_sum(squared_norm)
         if not total.isfinite():
@@ -71,9 +76,9 @@ class InstanceTable(Reweighter):
         self.raw_weights.grad = None
         if self.config.activation_function == "Project":
             bounds = self.config.weight_min, self.config.weight_max
-            if self.config.row_update == "adamw":
+            if getattr(self._optimizer, "moves_every_row", True):
                 self.raw_weights.clamp_(*bounds)
-            else:  # only these rows have moved
+            else:
                 rows = gradient.indices()[0]
                 self.raw_weights[rows] = self.raw_weights[rows].clamp(*bounds)
         return squared_norm

@@ -29,11 +29,11 @@ class RowPartition:
         self.shards = owned_shards(self.num_shards, self.rank, self.world_size)
         counts = torch.tensor([rows_per_shard[shard] for shard in self.shards])
         self.num_rows = int(counts.sum())
-        self._offsets = (counts.cumsum(0) - counts).to(device)
-        self._counts = counts.to(device)
+        self._counts, self._offsets = counts, counts.cumsum(0) - counts
+        self._device = device
 
     def rows(self, sample_ids: Tensor) -> Tensor:
-        """Local rows of sample IDs (B,).
+        """Local rows of sample IDs (B,), which are on the CPU: checking them waits for no GPU.
 
         Raises:
             InputError: an ID is another rank's or beyond the data.
@@ -50,7 +50,7 @@ class RowPartition:
         beyond = (sample_ids < 0) | (rows >= self._counts[local_shards])
         if beyond.any():
             raise InputError(f"sample_id {int(sample_ids[beyond][0])} is not in the training data")
-        return self._offsets[local_shards] + rows
+        return (self._offsets[local_shards] + rows).to(self._device, non_blocking=True)
 
     def by_shard(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of this rank's rows, cut into those of each of its shards."""

@@ -24,14 +24,15 @@ class ReplicatedReweighter(Reweighter):
         # Only the hypergradient differentiates the parameters: a lower step whose weights depend
         # on the PRM goes back through the module and must leave nothing in it.
         self.module = module.requires_grad_(False)
-        config = self.config
-        self._optimizer = AdamW(
-            module.parameters(),
-            lr=config.meta_lr,
-            betas=(config.meta_momentum, 0.999),
-            weight_decay=config.meta_weight_decay,
+        config = self.optimizer_config
+        self._learn_by(
+            AdamW(
+                module.parameters(),
+                lr=config.meta_lr,
+                betas=(config.meta_momentum, 0.999),
+                weight_decay=config.meta_weight_decay,
+            )
         )
-        self._schedule = self._schedule_for(self._optimizer)
         self._seen: list[Tensor] = []
 
     def weights(self, batch: Batch, features: Tensor) -> Tensor:
@@ -62,11 +63,14 @@ class ReplicatedReweighter(Reweighter):
         parameters = list(self.module.parameters())
         return distributed.all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters]))
 
+    def forget(self) -> None:
+        self._optimizer.zero_grad()
+
     def step(self) -> Tensor:
         total = self.hypergradient()
         squared_norm = total.square().sum()
         if not squared_norm.isfinite():
-            self._optimizer.zero_grad()
+            self.forget()
             return squared_norm * torch.nan
         total = total * self._clipping_factor(squared_norm)
         parameters = list(self.module.parameters())
@@ -74,7 +78,7 @@ class ReplicatedReweighter(Reweighter):
             p.grad = part.view_as(p)
         self._optimizer.step()
         self._schedule.step()
-        self._optimizer.zero_grad()
+        self.forget()
         return squared_norm / distributed.world_size()
 
     def statistics(self) -> dict[str, float]:

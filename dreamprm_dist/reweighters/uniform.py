@@ -1,4 +1,4 @@
-"""Every weight is 1: the unweighted run with the meta loss measured beside it."""
+"""Every weight is 1: plain fine-tuning, as cold start and as baseline."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class Uniform(Reweighter):
     def add_hypergradient(
         self, batch: Batch, values: Observation, derivatives: Observation, size: int
     ) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def step(self) -> Tensor:

@@ -81,7 +81,7 @@ def save_checkpoint(
     run_folder: Path,
     state: dict,
     engine: Engine,
-    reweighter: Stateful | None,
+    reweighter: Stateful,
     keep_last: int,
     keep_best: int = 0,
 ) -> int:
@@ -113,7 +113,7 @@ def save_checkpoint(
     def write() -> None:
         engine.save(new / "deepspeed")
         tensors = {f"rng.{name}": value for name, value in _rng_state(engine.device).items()}
-        mine = {} if reweighter is None else reweighter.state_dict()
+        mine = reweighter.state_dict()
         tensors |= {
             f"reweighter.{name}": tensor
             for name, tensor in mine.items()
@@ -176,7 +176,7 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful | None) -> None:
+def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful) -> None:
     """Put all state back on this rank. The checkpoint comes from `newest_checkpoint`."""
     path, saved_by = checkpoint.path, checkpoint.state["world_size"]
     logger.info("resuming from %s", path)
@@ -192,8 +192,7 @@ def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful
         logger.info("from %d to %d rank(s)", saved_by, distributed.world_size())
         engine.load_universal(path / "deepspeed", path.with_name("universal.new"))
     files = [_rank_file(path, rank) for rank in range(saved_by)]
-    if reweighter is not None:
-        reweighter.load_state_dict(SavedTensors(files, "reweighter."))
+    reweighter.load_state_dict(SavedTensors(files, "reweighter."))
     # A rank that was not there before takes the generators of one that was.
     rng = SavedTensors([files[distributed.rank() % saved_by]], "rng.")
     torch.set_rng_state(rng["cpu"])

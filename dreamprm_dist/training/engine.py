@@ -36,11 +36,12 @@ CHECKPOINT_TAG = "state"
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class LowerStep:
     """What a lower step saw on this rank; tensors hold its part of the global batch in order.
 
     Attributes:
+        lr: learning rate of the step.
         losses: unweighted instance losses before the step.
         weights: the weights they were multiplied with.
         gradient_norm: global norm of the averaged gradient before clipping.
@@ -48,6 +49,7 @@ class LowerStep:
             parameters moved on none.
     """
 
+    lr: float
     losses: Tensor
     weights: Tensor
     gradient_norm: float
@@ -99,9 +101,9 @@ class Engine:
         schedule = build_schedule(
             lower.scheduler_type,
             optimizer,
-            num_steps,
-            lower.scheduler_step_size,
-            lower.scheduler_gamma,
+            num_steps=num_steps,
+            step_size=lower.scheduler_step_size,
+            gamma=lower.scheduler_gamma,
         )
         self._deepspeed, *_ = deepspeed.initialize(
             model=prm,
@@ -116,7 +118,7 @@ class Engine:
         self._deepspeed._copy_recovery_script = lambda save_path: None
         self.module: PRM = self._deepspeed.module
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self._scope = self.module.parameters_in(config.upper.hypergradient_scope)
+        self._scope = self.module.parameters_in(config.hypergradient.hypergradient_scope)
         self._last_gradients: dict[Tensor, Tensor] = {}
         if keep_gradients:
             optimizer.register_step_pre_hook(self._keep_gradients)
@@ -135,7 +137,7 @@ class Engine:
             micro_batches: this rank's part, as many as the accumulation steps, of equal size.
             weigh: what the PRM says, the losses (B,) and the batch to weights (B,).
         """
-        all_losses, all_weights = [], []
+        all_losses, all_weights, lr = [], [], self.lr
         self._last_gradients.clear()
         for batch in micro_batches:
             output = self._deepspeed(batch)
@@ -150,10 +152,11 @@ class Engine:
             all_losses.append(losses.detach())
             all_weights.append(weights.detach())
         return LowerStep(
-            torch.cat(all_losses),
-            torch.cat(all_weights),
-            float(self._deepspeed.get_global_grad_norm()),
-            self._deepspeed.was_step_applied(),
+            lr=lr,
+            losses=torch.cat(all_losses),
+            weights=torch.cat(all_weights),
+            gradient_norm=float(self._deepspeed.get_global_grad_norm()),
+            applied=self._deepspeed.was_step_applied(),
         )
 
     def meta_gradient(
@@ -184,7 +187,7 @@ class Engine:
         for batch in micro_batches:
             output = functional_call(self.module, constants, (batch,))
             losses = loss(output, batch)
-            gradients = _apart(
+            gradients = unalias(
                 torch.autograd.grad(losses.sum() * scale, parameters, materialize_grads=True)
             )
             all_losses.append(losses.detach())
@@ -305,7 +308,7 @@ class Engine:
             shutil.rmtree(scratch)
 
 
-def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
+def unalias(gradients: Sequence[Tensor]) -> list[Tensor]:
     """The same gradients, none in the memory of another, so that each may be changed in place.
 
     Autograd returns views of one tensor where parameters have one gradient, as the class token and

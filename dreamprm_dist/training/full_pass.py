@@ -1,4 +1,4 @@
-"""What is measured in one pass, without gradients, over all rows of every rank."""
+"""Measurements in one pass, without gradients, over all rows of every rank."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def raw_weights_now(prm: PRM, reweighter: Reweighter, batches: Iterable[Batch]) 
     """Raw weights (local rows,) of this rank's rows by the present PRM.
 
     Args:
-        batches: each of these rows once.
+        batches: each of these rows once, on the device.
     """
     raw = torch.empty(reweighter.partition.num_rows, device=reweighter.device)
     for batch in batches:
-        batch = batch.to(reweighter.device)
         output = prm(batch)
         losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
         features = reweighter.features(output, losses, batch)
@@ -37,16 +36,14 @@ def mean_loss(
     prm: PRM,
     batches: Iterable[Batch],
     loss: Callable[[StepOutput, Batch], Tensor],
-    device: torch.device,
 ) -> float:
     """The mean over all ranks' rows of a loss, from what the PRM says and a batch to (B,).
 
     Args:
-        batches: each row of this rank once.
+        batches: each row of this rank once, on the device.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(2, dtype=torch.float64, device=prm.model.device)
     for batch in batches:
-        batch = batch.to(device)
         losses = loss(prm(batch), batch).double()
         totals += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
     total, count = distributed.all_reduce_sum(totals).tolist()

@@ -21,12 +21,19 @@ from dreamprm_dist.prm.grid import num_tiles
 from dreamprm_dist.training.preemption import leave_signals_to_the_rank
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RankBatches(Dataset):
     """Item t is this rank's part of global batch t: a list of micro-batches of equal size.
 
-    They are sorted by length within the part, so that little padding is wasted. With `by_question`
-    sizes count questions, and a question brings all of its solutions.
+    They are sorted by length within the part, so that little padding is wasted.
+
+    Attributes:
+        shards: what is drawn from.
+        format: how a record becomes tensors.
+        global_batch_size: draws of all ranks per step.
+        micro_batch_size: draws per micro-batch.
+        seed, level: of the order of draws, see `sampler.rank_draws`.
+        by_question: a draw is a meta question, which brings all of its solutions.
     """
 
     shards: ShardFolder | RowSubset
@@ -59,7 +66,7 @@ class RankBatches(Dataset):
             self.world_size,
         )
         tiled: dict[bytes, Tensor] = {}
-        drawn = [[self._instance(*place, tiled) for place in self._rows(*draw)] for draw in draws]
+        drawn = [[self.instance(*place, tiled) for place in self._rows(*draw)] for draw in draws]
         drawn.sort(key=lambda instances: max(len(i.encoded.input_ids) for i in instances))
         size = self.micro_batch_size
         return [
@@ -72,7 +79,8 @@ class RankBatches(Dataset):
         rows = self._questions[shard][index] if self.by_question else [index]
         return [(shard, row) for row in rows]
 
-    def _instance(self, shard: int, row: int, tiled: dict[bytes, Tensor] | None = None) -> Instance:
+    def instance(self, shard: int, row: int, tiled: dict[bytes, Tensor] | None = None) -> Instance:
+        """One row, encoded; InputError names it where that cannot be done."""
         record = self.shards.read(shard, row)
         try:
             return encode_instance(
@@ -87,9 +95,11 @@ class RankBatches(Dataset):
         except InputError as error:
             raise InputError(_named(self.shards, record, error)) from error
 
-    def stream(self, first: int, count: int, num_workers: int, device: torch.device) -> Iterator:
-        """Items first to first + count - 1, read ahead by worker processes."""
-        return iter(
+    def stream(
+        self, first: int, count: int, num_workers: int, device: torch.device
+    ) -> Iterator[list[Batch]]:
+        """Items first to first + count - 1 on the device, read ahead by worker processes."""
+        loaded = iter(
             DataLoader(
                 self,
                 batch_size=None,
@@ -99,26 +109,27 @@ class RankBatches(Dataset):
                 worker_init_fn=leave_signals_to_the_rank,
             )
         )
+        return ([batch.to(device) for batch in micro_batches] for micro_batches in loaded)
 
     def every_row(self, num_workers: int, device: torch.device) -> Iterator[Batch]:
-        """Each row of this rank's shards once, in micro-batches; the last may be smaller."""
+        """Each row of this rank's shards once on the device, in micro-batches.
+
+        The last one may be smaller.
+        """
         shards = owned_shards(self.shards.num_shards, self.rank, self.world_size)
         rows = [
             (shard, row) for shard in shards for row in range(self.shards.rows_per_shard[shard])
         ]
         size = self.micro_batch_size
-        return iter(
-            DataLoader(
-                _Rows(self, rows),
-                batch_sampler=[
-                    range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)
-                ],
-                collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
-                num_workers=num_workers,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=leave_signals_to_the_rank,
-            )
+        loaded = DataLoader(
+            _Rows(self, rows),
+            batch_sampler=[range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)],
+            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_rank,
         )
+        return (batch.to(device) for batch in loaded)
 
     def check_lengths(self) -> None:
         """Refuse records of this rank's shards that are longer than the model's context.
@@ -166,7 +177,7 @@ class _Rows(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int):
-        return self._batches._instance(*self._rows[index])
+        return self._batches.instance(*self._rows[index])
 
 
 def _named(shards: ShardFolder | RowSubset, record: dict, problem: object) -> str:

@@ -1,4 +1,4 @@
-"""What a run writes down about itself: `metrics.jsonl`, phase timings."""
+"""The run's record of itself: `metrics.jsonl`, phase timings."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,25 +74,39 @@ class MetricsWriter:
             self._trackers.close()
 
 
-class Phases:
-    """Seconds spent in each named phase since the last `take`."""
+class PhaseTimer:
+    """Seconds spent in each named phase since the last `take`.
+
+    On a GPU they are those of its stream, between two events: nothing waits for the GPU but `take`.
+    """
 
     def __init__(self, device: torch.device):
-        self._device = device
-        self._seconds: dict[str, float] = {}
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        self._spans.append((name, start, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take(self) -> dict[str, float]:
         """`seconds_<phase>` of each phase; starts anew."""
-        seconds, self._seconds = self._seconds, {}
-        return {f"seconds_{name}": value for name, value in seconds.items()}
+        seconds: dict[str, float] = {}
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        for name, start, end in self._spans:
+            span = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+            seconds[f"seconds_{name}"] = seconds.get(f"seconds_{name}", 0.0) + span
+        self._spans.clear()
+        return seconds
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from standin import make_data, make_model, make_trainer, write_results
+from standin import make_data, make_model, make_run, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,15 +55,15 @@ def _bytes(value) -> int:
 def worker(folder: Path) -> None:
     results = {}
     for name, flags in KINDS.items():
-        trainer = make_trainer(
+        run = make_run(
             *(folder, folder / "model", "--precision", "fp32", "--device", "cpu", *flags),
             *("--batch_size", 2, "--meta_batch_size", 2, "--activation_function", "Clip"),
         )
-        lower = trainer._stream(trainer.train_batches, 2)
-        meta = trainer._stream(trainer.meta_batches, 2)
-        trainer.iteration(lower, meta)  # the first one also makes the optimizer's state
+        trainer, data = run.trainer, run.data()
+        trainer.iteration(*next(data))  # the first one also makes the optimizer's state
+        batches = next(data)
         with CollectiveBytes() as counted:
-            trainer.iteration(lower, meta)
+            trainer.iteration(*batches)
         parameters = sum(p.nbytes for p in trainer.engine.parameters.values())
         net = 0
         if name == "instance_net":

@@ -13,11 +13,12 @@ others before.
 import argparse
 import copy
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from standin import make_data, make_model, make_trainer, write_results
+from standin import make_data, make_model, make_run, write_results
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,16 +59,17 @@ def losses_of(module, batch) -> Tensor:
 
 
 def estimator_errors(folder: Path, model: Path, precision: str) -> dict[str, float]:
-    trainer = make_trainer(
+    run = make_run(
         *(folder, model, "--precision", precision, "--activation_function", "No", "--lr", LR),
         *("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE),
         *("--hypergradient", "sama"),  # what it is preconditioned with is kept
     )
-    for batches in trainer._stream(trainer.train_batches, EARLIER_STEPS):
-        trainer._lower_step(batches)  # the preconditioner of the first step is 0
-    meta = next(trainer._stream(trainer.meta_batches, 1))
-    plain, _ = trainer.engine.meta_gradient(meta, trainer._meta_losses)
-    (batch,) = batches
+    trainer = run.trainer
+    data = list(islice(run.data(), EARLIER_STEPS))
+    for (micro_batches,), _ in data:
+        trainer.lower_step(micro_batches)  # the preconditioner of the first step is 0
+    plain, _ = trainer.engine.meta_gradient(data[0][1], trainer.meta_losses)
+    (batch,) = micro_batches
     truths, errors = {}, {}
     for name, trainer.estimator in ESTIMATORS.items():
         precondition = trainer.estimator.precondition
@@ -75,21 +77,23 @@ def estimator_errors(folder: Path, model: Path, precision: str) -> dict[str, flo
         if precondition not in truths:
             truths[precondition] = exact(trainer, batch, v)
         truth = truths[precondition]
-        found = trainer._estimate(batch, v)[1].losses.float()
+        found = trainer.directional_derivative(batch, v)[1].losses.float()
         errors[name] = float((found - truth).norm() / truth.norm())
     return errors
 
 
 def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
     """Estimator against the derivative through the whole lower step, by lower optimizer."""
-    trainer = make_trainer(
+    run = make_run(
         *(folder, model, "--precision", "fp32"),
         *("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE),
     )
+    trainer = run.trainer
     module = copy.deepcopy(trainer.engine.module).double()
     start = {n: p.detach() for n, p in module.named_parameters()}
-    lower = trainer._stream(trainer.train_batches, EARLIER_STEPS + 1)
-    (meta,) = next(trainer._stream(trainer.meta_batches, 1))
+    data = list(islice(run.data(), EARLIER_STEPS + 1))
+    lower = (window[0] for window, _ in data)
+    (meta,) = data[0][1]
 
     def gradient(parameters: dict[str, Tensor], batch, weights: Tensor, graph: bool = False):
         logits = functional_call(module, parameters, (batch,)).logits
@@ -101,7 +105,7 @@ def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
 
     def meta_loss(parameters: dict[str, Tensor]) -> Tensor:
         output = functional_call(module, parameters, (meta,))
-        return trainer._meta_losses(output, meta).mean()
+        return trainer.meta_losses(output, meta).mean()
 
     first = {n: torch.zeros_like(p) for n, p in start.items()}
     second = {n: torch.zeros_like(p) for n, p in start.items()}

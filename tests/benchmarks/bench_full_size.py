@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from standin import make_data, make_model, make_trainer, write_results
+from standin import make_data, make_model, make_run, write_results
 
 from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
@@ -65,15 +65,15 @@ def main() -> None:
         if status:
             raise SystemExit("making the model failed")
         make_data(folder, 2, 2, (448, 448))
-        trainer = make_trainer(
+        run = make_run(
             *(folder, folder / "model", "--precision", arguments.precision),
             *("--device", arguments.device, "--freeze_vision_tower"),
         )
-        trainer.phases = PeakMemory(trainer.device)
-        lower = trainer._stream(trainer.train_batches, 1)
-        meta = trainer._stream(trainer.meta_batches, 1)
+        trainer = run.trainer
+        trainer.phases = PeakMemory(run.device)
+        batches = next(run.data())
         start = time.perf_counter()
-        trainer.iteration(lower, meta)
+        trainer.iteration(*batches)
         seconds = time.perf_counter() - start
     parameters = sum(p.numel() for p in trainer.engine.module.parameters())
     key = "full_size" if arguments.device == "cpu" else f"full_size_{arguments.precision}"

@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_trainer, write_results
+from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_run, write_results
 
 from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
-from dreamprm_dist.training.trainer import BilevelTrainer
+from dreamprm_dist.training.run import TrainingRun
 
 REPEATS = 7
 BATCH_SIZE = 4
@@ -35,18 +35,16 @@ MODES = {
 }
 
 
-def measure(trainer: BilevelTrainer, repeat: int) -> tuple[float, float, dict[str, float]]:
+def measure(run: TrainingRun, repeat: int) -> tuple[float, float, dict[str, float]]:
     """Seconds of K plain steps, of an iteration on the same batches, and of its phases."""
-    steps = trainer.config.upper.unroll_steps
-    window = list(trainer._stream(trainer.train_batches, (repeat + 1) * steps, repeat * steps))
-    meta = list(trainer._stream(trainer.meta_batches, repeat + 1, repeat))
+    trainer = run.trainer
+    window, meta = next(run.data(done=repeat))
     start = time.perf_counter()
     for batches in window:
-        batches = trainer._to_device(batches)
         trainer.engine.lower_step(batches, lambda output, losses, b: torch.ones(len(b)))
     middle = time.perf_counter()
     trainer.phases.take()
-    trainer.iteration(iter(window), iter(meta))
+    trainer.iteration(window, meta)
     return middle - start, time.perf_counter() - middle, trainer.phases.take()
 
 
@@ -60,23 +58,23 @@ def main() -> None:
         model = save_model(*make_model(divisor=4, image_size=224), folder / "model")
         make_data(folder, 64, 4 * SOLUTIONS_PER_QUESTION, (448, 224))  # two tiles and a thumbnail
         size = ("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE)
-        trainers = {
-            name: make_trainer(folder, model, "--precision", "fp32", *size, *flags)
+        runs = {
+            name: make_run(folder, model, "--precision", "fp32", *size, *flags)
             for name, flags in MODES.items()
         }
-        grouped = make_trainer(
+        grouped = make_run(
             *(folder, model, "--precision", "fp32", "--batch_size", SOLUTIONS_PER_QUESTION),
             *("--meta_batch_size", 1, "--group_meta_by_question"),
         )
-        ungrouped = make_trainer(
+        ungrouped = make_run(
             *(folder, model, "--precision", "fp32", "--batch_size", SOLUTIONS_PER_QUESTION),
             *("--meta_batch_size", SOLUTIONS_PER_QUESTION),
         )
-        trainers |= {"grouped": grouped, "ungrouped": ungrouped}
-        samples: dict[str, list] = {name: [] for name in trainers}
+        runs |= {"grouped": grouped, "ungrouped": ungrouped}
+        samples: dict[str, list] = {name: [] for name in runs}
         for repeat in range(REPEATS + 1):
-            for name, trainer in trainers.items():
-                sample = measure(trainer, repeat)
+            for name, run in runs.items():
+                sample = measure(run, repeat)
                 if repeat:  # the first one warms up
                     samples[name].append(sample)
         for name in MODES:

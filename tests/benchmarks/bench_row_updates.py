@@ -1,11 +1,11 @@
 """What a long run does to the instance table's row updates, on the demo.
 
     make demo-seeds
-    python tests/benchmarks/bench_row_updates.py [--row_updates normalized_sgd adamw adamw_lazy]
+    python tests/benchmarks/bench_row_updates.py [--row_updates normalized_sgd adamw]
 
 Trains the demo's table, from the cold starts that `make demo-seeds` left, for the demo's iterations
 and for three times as many, with each row update; then compares Best-of-N accuracy, pooled over
-seeds. Not a part of `make bench`: three updates and three seeds take more than an hour on two
+seeds. Not a part of `make bench`: two updates and three seeds take more than an hour on two
 cores. A run that has ended is not repeated: remove its folder when the demo or its recipe has
 changed.
 """
@@ -34,7 +34,6 @@ LONGER = 3
 FLAGS = {
     "normalized_sgd": (),
     "adamw": ("--row_update=adamw", "--meta_lr=0.05"),
-    "adamw_lazy": ("--row_update=adamw_lazy", "--meta_lr=0.05"),
 }
 
 

@@ -16,10 +16,10 @@ from standin import write_results
 
 from dreamprm_dist import distributed
 from dreamprm_dist.losses import Observation
-from dreamprm_dist.reweighters.base import Surroundings
+from dreamprm_dist.reweighters.base import ReweighterContext
+from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.instance_table import InstanceTable
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
-from dreamprm_dist.training.config import UpperConfig
 
 ROWS = {"1e4": 10**4, "1e6": 10**6, "1.25e7": 12_500_000, "1e8": 10**8}
 RECIPE = "normalized_sgd"
@@ -35,10 +35,17 @@ class Ids:
 
 
 def make_table(rows: int, row_update: str) -> InstanceTable:
-    config = UpperConfig(row_update=row_update, activation_function="Project", weight_min=0.0)
-    return InstanceTable(
-        config, Surroundings([rows], lambda shard: [], 1000, torch.device("cpu"), 1, {}, 0)
+    config = ReweighterConfig(row_update=row_update, activation_function="Project", weight_min=0.0)
+    context = ReweighterContext(
+        rows_per_shard=[rows],
+        read_datasets=lambda shard: [],
+        num_steps=1000,
+        device=torch.device("cpu"),
+        hidden_size=1,
+        label_ids={},
+        seed=0,
     )
+    return InstanceTable(config, MetaOptimizerConfig(), context)
 
 
 def step_ms(table: InstanceTable, rows: int) -> float:

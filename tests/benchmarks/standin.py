@@ -23,7 +23,7 @@ from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 from dreamprm_dist.training.config import parse_train_config
-from dreamprm_dist.training.trainer import BilevelTrainer
+from dreamprm_dist.training.run import TrainingRun
 
 QUESTION = "Which of the two angles in the figure is larger, and by how many degrees? " * 2
 STEPS = [f"Step {i}: the angle at this corner is {31 * i} degrees." for i in range(1, 7)]
@@ -109,8 +109,8 @@ def make_data(
         shard_file(folder / f"{name}.json", folder / name, kind, num_shards, progress=False)
 
 
-def make_trainer(folder: Path, model: Path, *flags: object) -> BilevelTrainer:
-    """A trainer on the data of `make_data`, one rank."""
+def make_run(folder: Path, model: Path, *flags: object) -> TrainingRun:
+    """A run on the data of `make_data`."""
     config = parse_train_config(
         [
             *("--reward_model", str(model), "--weights_path", str(folder / "run")),
@@ -118,9 +118,7 @@ def make_trainer(folder: Path, model: Path, *flags: object) -> BilevelTrainer:
         ]
     )
     device = distributed.initialize(config.run.device)
-    return BilevelTrainer(
-        config, ShardFolder(folder / "train"), ShardFolder(folder / "meta"), device
-    )
+    return TrainingRun(config, ShardFolder(folder / "train"), ShardFolder(folder / "meta"), device)
 
 
 def write_results(out: Path, results: dict) -> None:

@@ -16,7 +16,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.training import engine, loader
 from dreamprm_dist.training.config import parse_train_config
-from dreamprm_dist.training.trainer import BilevelTrainer
+from dreamprm_dist.training.run import TrainingRun
 
 ITERATIONS = 3
 SETTINGS = """
@@ -26,7 +26,7 @@ SETTINGS = """
 """.split()
 
 
-def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
+def results(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
     config = parse_train_config(
         [
             *SETTINGS,
@@ -34,28 +34,28 @@ def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
             *("--iteration_num", str(ITERATIONS), *flags),
         ]
     )
-    trainer = BilevelTrainer(
+    run = TrainingRun(
         config,
         ShardFolder(shards / "train"),
         ShardFolder(shards / "meta"),
         distributed.initialize("cpu"),
     )
-    meta_gradient, directions = trainer.engine.meta_gradient, []
+    engine, directions = run.trainer.engine, []
+    meta_gradient = engine.meta_gradient
 
     def recorded(*arguments):
         v, losses = meta_gradient(*arguments)
         directions.append(torch.cat([t.flatten() for t in v.values()]))
         return v, losses
 
-    trainer.engine.meta_gradient = recorded
-    lower = trainer._stream(trainer.train_batches, ITERATIONS * 2)
-    meta = trainer._stream(trainer.meta_batches, ITERATIONS)
+    engine.meta_gradient = recorded
     metrics = [
-        trainer._metrics(i, trainer.iteration(lower, meta)) for i in range(1, ITERATIONS + 1)
+        run.metrics(i, run.trainer.iteration(*batches))
+        for i, batches in enumerate(run.data(), start=1)
     ]
-    gathered = trainer.instance_weights()
+    gathered = run.instance_weights()
     v = torch.stack(directions)
-    untouched = meta_step_leaves_the_engine_as_it_is(trainer)
+    untouched = meta_step_leaves_the_engine_as_it_is(run)
     return {
         "metrics": {
             key: torch.tensor([m[key] for m in metrics], dtype=torch.float64)
@@ -68,13 +68,13 @@ def run(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
     }
 
 
-def meta_step_leaves_the_engine_as_it_is(trainer: BilevelTrainer) -> bool:
+def meta_step_leaves_the_engine_as_it_is(run: TrainingRun) -> bool:
     """Take a meta gradient and its hypergradient; is every bit that ZeRO holds the same?"""
+    trainer = run.trainer
     before = trainer.engine.snapshot()
-    trainer._hypergradient(
-        next(trainer._stream(trainer.train_batches, 1)),
-        next(trainer._stream(trainer.meta_batches, 1)),
-    )
+    window, meta = next(run.data())
+    v, _, _ = trainer.meta_gradient(meta)
+    trainer.add_hypergradient(window[-1], v)
     after = trainer.engine.snapshot()
     tensors = [
         [*s.parameters, *s.partitions, *(t for state in s.optimizer for t in state.values())]
@@ -116,7 +116,7 @@ def main() -> None:
         if "mutant" in variant:
             put_in(variant["mutant"])
         try:
-            result = run(out, model, Path(variant["shards"]), variant["flags"])
+            result = results(out, model, Path(variant["shards"]), variant["flags"])
         except ValueError as error:
             result = {"error": str(error)}
         engine.distributed.all_reduce_mean, loader.rank_draws = restore

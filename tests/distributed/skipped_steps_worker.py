@@ -7,6 +7,7 @@ VARIANTS is JSON: a name to its flags.
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,18 +16,18 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.training import engine
 from dreamprm_dist.training.config import parse_train_config
-from dreamprm_dist.training.trainer import BilevelTrainer
+from dreamprm_dist.training.run import TrainingRun
 
 # What is wrong in each iteration, from the very first step on.
 POISONS = ["lower", "meta", "infinite", "none"]
 TRUE_LOSSES = engine.instance_losses
 
 
-def trainer(out: Path, model: str, shards: Path, flags: list[str]) -> BilevelTrainer:
+def make_run(out: Path, model: str, shards: Path, flags: list[str]) -> TrainingRun:
     settings = "--precision fp32 --num_workers 0 --device cpu --scheduler_type constant"
     settings += f" --meta_scheduler_type constant --batch_size 4 --reward_model {model}"
     settings += f" --iteration_num 9 --save_every_iterations 99 --weights_path {out / 'run'}"
-    return BilevelTrainer(
+    return TrainingRun(
         parse_train_config([*settings.split(), *flags]),
         ShardFolder(shards / "train"),
         ShardFolder(shards / "meta"),
@@ -38,43 +39,39 @@ def infinite_losses(*arguments):
     return TRUE_LOSSES(*arguments) + torch.inf  # its gradient is finite
 
 
-def poisoned(stream, level: str):
-    """The stream with NaN pixels on rank 1 where it is this level's turn."""
-    for poison, micro_batches in zip(POISONS, stream, strict=False):
-        if distributed.rank() == 1 and poison == level:
-            micro_batches[0].pixel_values[0] = torch.nan
-        yield micro_batches
-
-
-def run(bilevel: BilevelTrainer) -> dict:
-    lower = poisoned(bilevel._stream(bilevel.train_batches, len(POISONS)), "lower")
-    meta = poisoned(bilevel._stream(bilevel.meta_batches, len(POISONS)), "meta")
+def results(run: TrainingRun) -> dict:
+    trainer = run.trainer
 
     def state() -> dict[str, torch.Tensor]:
-        reweighter = bilevel.reweighter.state_dict().items()
+        reweighter = trainer.reweighter.state_dict().items()
         return {
             "parameters": torch.cat(
-                [p.detach().flatten() for p in bilevel.engine.module.parameters()]
+                [p.detach().flatten() for p in trainer.engine.module.parameters()]
             ),
             "raw_weights": torch.cat([t.flatten() for n, t in reweighter if "parameter" in n]),
         }
 
     states, counts = [state()], []
-    for iteration, poison in enumerate(POISONS, start=1):
-        infinite = poison == "infinite" and distributed.rank() == 1
-        engine.instance_losses = infinite_losses if infinite else TRUE_LOSSES
-        metrics = bilevel._metrics(iteration, bilevel.iteration(lower, meta))
+    for iteration, (window, meta) in enumerate(islice(run.data(), len(POISONS)), start=1):
+        poison, poisoned = POISONS[iteration - 1], distributed.rank() == 1
+        engine.instance_losses = (
+            infinite_losses if poisoned and poison == "infinite" else TRUE_LOSSES
+        )
+        if poisoned and poison in ("lower", "meta"):
+            batches = meta if poison == "meta" else window[0]
+            batches[0].pixel_values[0] = torch.nan
+        metrics = run.metrics(iteration, trainer.iteration(window, meta))
         counts.append(metrics["bad_steps"])
         states.append(state())
     return {"states": states, "counts": counts}
 
 
-def run_without_end(bilevel: BilevelTrainer) -> str:
+def train_without_end(run: TrainingRun) -> str:
     """Train with an infinite loss on rank 1 in every iteration; what it ends with."""
     if distributed.rank() == 1:
         engine.instance_losses = infinite_losses
     try:
-        bilevel.train()
+        run.train()
     except ValueError as error:
         return str(error)
     return "trained to the end"
@@ -85,11 +82,11 @@ def main() -> None:
     distributed.initialize("cpu")
     torch.set_num_threads(1)
     result = {
-        name: run(trainer(out, model, shards, flags))
+        name: results(make_run(out, model, shards, flags))
         for name, flags in json.loads(sys.argv[4]).items()
     }
-    endless = trainer(out, model, shards, ["--max_bad_steps", "3"])
-    result["message"] = run_without_end(endless)
+    endless = make_run(out, model, shards, ["--max_bad_steps", "3"])
+    result["message"] = train_without_end(endless)
     torch.save(result, out / f"rank-{distributed.rank()}.pt")
     distributed.shutdown()
 

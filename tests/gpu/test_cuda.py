@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from reweighting import rank_batches
 from torch.func import functional_call
 
-from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import Observation, instance_losses
 from dreamprm_dist.prm.batch import InputFormat
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
-from dreamprm_dist.training.loader import RankBatches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,8 +27,7 @@ SIZE = 8
 def batch_for(prm, model: Path, shards: Path):
     format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
     tokenizer = load_tokenizer(str(model))
-    batches = RankBatches(ShardFolder(shards), tokenizer, format, SIZE, SIZE, 1, 0, 0, 1)
-    return batches[0][0]
+    return rank_batches(shards, tokenizer, format, SIZE)[0][0]
 
 
 def observer(prm, batch):

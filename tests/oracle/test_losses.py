@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from dreamprm_dist.hypergradient.jvp import jvp
-from dreamprm_dist.losses import instance_losses, meta_losses, step_scores
+from dreamprm_dist.losses import MetaLossConfig, instance_losses, meta_losses, step_scores
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IGNORE_INDEX
@@ -56,12 +56,12 @@ def test_meta_loss_targets(right, error, power):
         sum(probability(i, 1 if y else 3) for i in own) / len(own)
         for own, y in zip(steps, right, strict=True)
     ]
-    arguments = (LOGITS, STEP_ROWS, true_false, LABELS, "mean")
+    arguments = (LOGITS, STEP_ROWS, true_false, LABELS)
     expected = [abs(s - y) ** power for s, y in zip(plus, right, strict=True)]
-    found = meta_losses(*arguments, "+", error=error)
+    found = meta_losses(*arguments, MetaLossConfig(loss_target="+", meta_error=error))
     torch.testing.assert_close(found.tolist(), expected)
     expected = [(1 - s) ** power for s in signed]
-    found = meta_losses(*arguments, "both", error=error)
+    found = meta_losses(*arguments, MetaLossConfig(meta_error=error))
     torch.testing.assert_close(found.tolist(), expected)
 
 
@@ -75,11 +75,11 @@ def test_answers_at_random_pull_no_score_under_the_absolute_error(
 ):
     def pull(error: str) -> torch.Tensor:
         """Gradient of the meta loss of both answers, each half of the time."""
+        config = MetaLossConfig(aggregation, loss_target, error, score_over)
         logits = LOGITS.clone().requires_grad_()
         loss = sum(
             meta_losses(
-                *(logits, STEP_ROWS, torch.full((2,), y, dtype=torch.float64), LABELS),
-                *(aggregation, loss_target, score_over, error),
+                *(logits, STEP_ROWS, torch.full((2,), y, dtype=torch.float64), LABELS, config)
             ).sum()
             for y in (0.0, 1.0)
         )
@@ -151,7 +151,8 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
     with LargestOutput(vocabulary, hidden) as seen:
         losses(parameters).mean().backward()
         meta_losses(
-            prm(batch).logits, batch.step_rows, batch.true_false, {"+": 10, "-": 12}, "mean", "both"
+            *(prm(batch).logits, batch.step_rows, batch.true_false),
+            *({"+": 10, "-": 12}, MetaLossConfig()),
         ).mean().backward()
         with prm.forward_mode():
             jvp(losses, parameters, {n: torch.ones_like(p) for n, p in parameters.items()})

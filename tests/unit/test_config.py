@@ -13,7 +13,7 @@ from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.features import FEATURES
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
-from dreamprm_dist.training.config import UpperConfig, parse_train_config, save_config
+from dreamprm_dist.training.config import TrainConfig, parse_train_config, save_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -116,10 +116,18 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
         (["--hypergradient=gradient_dot", "--differentiate_weights"], "gradient_dot cannot"),
         (["--reweighter=instance_net", "--activation_function=Project"], "Project is for"),
         (["--retrain", "--baseline"], "choose one of the two"),
-        (["--keep_best", "1"], "keep_best needs a meta set"),
-        (["--meta_validation_fraction", "1"], "from 0 to below 1"),
+        (["--keep_best", "1"], "keep_best needs a meta_validation_fraction above 0"),
+        (["--meta_validation_fraction", "1"], "is 1.0; it must be at least 0 and below 1"),
         (["--collective_timeout", "0"], "must be above 0"),
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--lr", "-1"], "lr is -1.0; it must be at least 0"),
+        (["--meta_lr", "nan"], "meta_lr is nan; it must be a finite number"),
+        (["--num_workers", "-3"], "num_workers is -3; it must be at least 0"),
+        (["--gradient_clipping", "-1"], "gradient_clipping is -1.0; it must be at least 0"),
+        (["--meta_momentum", "1.5"], "meta_momentum is 1.5; it must be at least 0 and below 1"),
+        (["--scheduler_step_size", "0"], "scheduler_step_size is 0; it must be at least 1"),
+        (["--meta_scheduler_gamma", "0"], "meta_scheduler_gamma is 0.0; it must be above 0"),
+        (["--row_update", "adamw_lazy"], "row_update adamw_lazy is no longer there; use norm"),
         (["--activation_function", "Clip", "--initialization", "4"], "lies outside"),
     ],
 )
@@ -143,6 +151,14 @@ def test_the_global_batch_stays_on_any_number_of_ranks(world_size, lower, meta):
     if meta:
         assert (fitted.upper.meta_batch_size, fitted.upper.meta_gradient_accumulation) == meta
     assert fitted.global_batch_sizes(world_size) == sizes
+
+
+@pytest.mark.parametrize("flag", ["--retrain", "--baseline", "--reweighter=uniform"])
+def test_plain_fine_tuning_is_one_thing(flag: str):
+    config = parse_train_config([flag])
+    assert config.reweighter.reweighter == "uniform"
+    assert not config.learns and not config.reads_meta
+    assert parse_train_config([flag, "--meta_validation_fraction", "0.5"]).reads_meta
 
 
 def test_saved_yaml_is_flat(tmp_path: Path):
@@ -175,4 +191,6 @@ def test_a_list_in_a_recipe(tmp_path):
     ],
 )
 def test_a_flag_offers_all_that_there_is(name: str, registry: dict) -> None:
-    assert {*get_args(get_type_hints(UpperConfig)[name])} == {*registry}
+    hints = [get_type_hints(section) for section in get_type_hints(TrainConfig).values()]
+    (choices,) = (section[name] for section in hints if name in section)
+    assert {*get_args(choices)} == {*registry}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.losses import meta_losses
+from dreamprm_dist.losses import MetaLossConfig, meta_losses
 from dreamprm_dist.prm.batch import Batch, InputFormat, collate
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
@@ -25,11 +25,11 @@ def questions(shards: Path, model: Path, size: int, **place) -> RankBatches:
     format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
     place = {"rank": 0, "world_size": 1} | place
     return RankBatches(
-        ShardFolder(shards / "meta"),
-        load_tokenizer(str(model)),
-        format,
-        size,
-        size // place["world_size"],
+        shards=ShardFolder(shards / "meta"),
+        tokenizer=load_tokenizer(str(model)),
+        format=format,
+        global_batch_size=size,
+        micro_batch_size=size // place["world_size"],
         seed=1,
         level=1,
         by_question=True,
@@ -94,7 +94,7 @@ def test_grouped_solutions_give_the_numbers_of_ungrouped_ones(
         for row in range(rows)
     }
     apart = collate(
-        [one_by_one._instance(*places[i]) for i in whole.sample_ids.tolist()],
+        [one_by_one.instance(*places[i]) for i in whole.sample_ids.tolist()],
         one_by_one.tokenizer.pad_token_id,
     )
     assert len(apart.pixel_values) == len(apart.shown_tiles) == len(whole.shown_tiles)
@@ -102,7 +102,7 @@ def test_grouped_solutions_give_the_numbers_of_ungrouped_ones(
 
     def losses_and_gradient(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         losses = meta_losses(
-            prm(batch).logits, batch.step_rows, batch.true_false, label_ids, "mean", "both"
+            prm(batch).logits, batch.step_rows, batch.true_false, label_ids, MetaLossConfig()
         )
         gradients = torch.autograd.grad(losses.mean(), list(prm.parameters()))
         return losses.detach(), torch.cat([g.flatten() for g in gradients])

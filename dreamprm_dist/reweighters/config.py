@@ -1,0 +1,87 @@
+"""Configuration of the weights: how they are held, and how they are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.flags import AtLeastOne, FlagGroup, Fraction, NotNegative, Positive, flag
+from dreamprm_dist.reweighters.schedules import ScheduleName
+
+
+@dataclass
+class ReweighterConfig(FlagGroup):
+    """How weights are held."""
+
+    _argument_group_name: ClassVar[str] = "reweighter"
+    removed: ClassVar = {
+        "row_update": {"adamw_lazy": "use normalized_sgd, which is better, or adamw"}
+    }
+
+    reweighter: Literal["instance_table", "instance_net", "domain_table", "uniform"] = flag(
+        "instance_table",
+        "How weights are held: one per instance, a net, one per data set, or all 1.",
+    )
+    row_update: Literal["adamw", "normalized_sgd"] = flag(
+        "adamw",
+        "Table: AdamW over all rows, or the hypergradient over its mean size.",
+    )
+    decay_to_initialization: bool = flag(
+        False, "Rows of the table decay towards initialization and not towards 0."
+    )
+    instance_net_input: Literal["step_probabilities", "representation", "loss"] = flag(
+        "step_probabilities", "What the instance net reads of an instance."
+    )
+    hidden_dim: AtLeastOne = flag(10, "Width of the instance net's hidden layers.")
+    num_layers: AtLeastOne = flag(1, "Hidden layers of the instance net.")
+    differentiate_weights: bool = flag(
+        False, "Instance net: the PRM is trained through its weights too, as the reference does."
+    )
+    activation_function: Literal["LeakyReLU", "ReLU", "No", "sigmoid", "Clip", "Project"] = flag(
+        "LeakyReLU",
+        "From raw weights to weights; Project (table) keeps raw weights within the bounds.",
+    )
+    weight_min: float = flag(-1.0, "Lower bound of Clip and Project.")
+    weight_max: float = flag(3.0, "Upper bound of Clip and Project.")
+    initialization: float = flag(1.0, "Raw weight of every instance (or data set) at the start.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reweighter == "instance_net" and self.activation_function == "Project":
+            raise InputError(
+                "Project is for the table's rows; use Clip or sigmoid with instance_net"
+            )
+        if self.activation_function in ("Clip", "Project") and not (
+            self.weight_min <= self.initialization <= self.weight_max
+        ):
+            raise InputError(
+                f"initialization {self.initialization} lies outside weight_min {self.weight_min} "
+                f"and weight_max {self.weight_max}"
+            )
+
+    @property
+    def decay_target(self) -> float:
+        """Where rows of the table decay to."""
+        return self.initialization if self.decay_to_initialization else 0.0
+
+
+@dataclass
+class MetaOptimizerConfig(FlagGroup):
+    """How weights are learned from their hypergradient."""
+
+    _argument_group_name: ClassVar[str] = "meta optimizer"
+
+    meta_lr: NotNegative = flag(1e-1, "Learning rate of the weights.")
+    meta_momentum: Fraction = flag(0.9, "First beta of AdamW on the upper level.")
+    meta_weight_decay: NotNegative = flag(
+        1e-3, "Decoupled weight decay of raw weights, or of the net."
+    )
+    meta_gradient_clipping: NotNegative = flag(
+        1.0, "Largest global norm of the hypergradient; 0: no clipping."
+    )
+    meta_scheduler_type: ScheduleName = flag(
+        "cosine_schedule_with_warmup", "Schedule of meta_lr (5 %% warm-up)."
+    )
+    meta_scheduler_step_size: AtLeastOne = flag(1000, "step_lr: upper steps between two decays.")
+    meta_scheduler_gamma: Positive = flag(0.95, "step_lr: factor of a decay.")
