@@ -22,6 +22,10 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+# Ranks run these together, see tests/distributed/test_on_ranks.py.
+collect_ignore = [] if "TESTS_ON_RANKS" in os.environ else ["on_ranks"]
+
+
 @pytest.fixture(scope="session")
 def tiny_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo data set: 64 training records, 32 meta records, 12 test questions."""

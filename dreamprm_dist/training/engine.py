@@ -1,14 +1,12 @@
-"""The PRM under DeepSpeed ZeRO: build, lower step, meta gradient. The only user of deepspeed."""
+"""The PRM under DeepSpeed ZeRO: build, lower step, meta gradient."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -24,13 +22,7 @@ from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.reweighters.schedules import build_schedule
 from dreamprm_dist.training.config import TrainConfig
 from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
-
-# DeepSpeed's shared-memory collectives for CPUs are compiled at the first start, want AVX, and hang
-# when a rank dies; gloo does without all three.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-# What DeepSpeed counts of its steps.
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+from dreamprm_dist.training.zero_state import ZeroState
 
 CHECKPOINT_TAG = "state"
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -56,17 +48,6 @@ class LowerStep:
     applied: bool
 
 
-class Snapshot(NamedTuple):
-    """All that a lower step changes on one rank."""
-
-    parameters: list[Tensor]
-    partitions: list[Tensor]
-    optimizer: list[dict[str, Tensor]]
-    schedule: dict
-    lrs: list[float]
-    counters: dict[str, int]
-
-
 class Engine:
     """A PRM whose optimizer state and gradients are sharded by ZeRO.
 
@@ -74,6 +55,7 @@ class Engine:
         module: the PRM. Forward passes outside the lower step go through it and not through
             DeepSpeed, whose hooks expect every backward pass to be its own.
         parameters: the trained parameters by name.
+        zero: the optimizer's state on this rank.
     """
 
     def __init__(
@@ -114,10 +96,9 @@ class Engine:
             dist_init_required=False,
         )
         self._deepspeed.checkpoint_engine = CheckpointWriter()
-        # It puts a script into every checkpoint, on rank 0 alone, which must not fail alone.
-        self._deepspeed._copy_recovery_script = lambda save_path: None
         self.module: PRM = self._deepspeed.module
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.zero = ZeroState(self._deepspeed, list(self.parameters.values()))
         self._scope = self.module.parameters_in(config.hypergradient.hypergradient_scope)
         self._last_gradients: dict[Tensor, Tensor] = {}
         if keep_gradients:
@@ -208,65 +189,28 @@ class Engine:
         Args:
             diagonal: `hypergradient.sama.adam_derivative` or its like.
         """
-        zero = self._deepspeed.optimizer
-        (settings,) = {(g["betas"], g["eps"]) for g in zero.optimizer.param_groups}
+        optimizer = self.zero.optimizer
+        (settings,) = {(g["betas"], g["eps"]) for g in optimizer.param_groups}
         product = {name: torch.zeros_like(tangent) for name, tangent in v.items()}
         for name, tangent in v.items():
-            mapping = self.parameters[name]._hp_mapping
-            if mapping is None:  # none of it lies in this rank's partition
+            fragment = self.zero.fragment(self.parameters[name])
+            # None of it lies in this rank's partition, or the last step was skipped.
+            if fragment is None or fragment.partition not in self._last_gradients:
                 continue
-            partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            if partition not in self._last_gradients:  # the last step was skipped
-                continue
-            state, mine = zero.optimizer.state[partition], mapping.hp_fragment_address
-            moments = [
-                t.narrow(0, mine.start, mine.numel)
-                for t in (state["exp_avg"], state["exp_avg_sq"], self._last_gradients[partition])
-            ]
-            factor = diagonal(*moments, float(state["step"]), *settings)
-            place = mapping.lp_fragment_address
-            part = tangent.reshape(-1).narrow(0, place.start, place.numel)
-            product[name].view(-1).narrow(0, place.start, place.numel).copy_(
-                part * factor.to(tangent.device)
+            state = optimizer.state[fragment.partition]
+            gradient = self._last_gradients[fragment.partition]
+            moments = (state["exp_avg"], state["exp_avg_sq"], gradient)
+            factor = diagonal(
+                *(t[fragment.place] for t in moments), float(state["step"]), *settings
             )
+            part = tangent.reshape(-1)[fragment.within]
+            product[name].view(-1)[fragment.within] = part * factor.to(tangent.device)
         distributed.all_reduce_fragments(list(product.values()))
         return product
 
     def _keep_gradients(self, optimizer: torch.optim.Optimizer, *_) -> None:
         for group in optimizer.param_groups:
             self._last_gradients.update({p: p.grad for p in group["params"] if p.grad is not None})
-
-    def snapshot(self) -> Snapshot:
-        """A copy of all that a lower step changes on this rank."""
-        zero = self._deepspeed.optimizer
-        return Snapshot(
-            [p.detach().clone() for p in self.parameters.values()],
-            [p.detach().clone() for p in zero.single_partition_of_fp32_groups],
-            [{k: t.clone() for k, t in state.items()} for state in self._optimizer_states()],
-            copy.deepcopy(self._deepspeed.lr_scheduler.state_dict()),
-            [group["lr"] for group in zero.param_groups],
-            {name: getattr(self._deepspeed, name) for name in COUNTERS},
-        )
-
-    @torch.no_grad()
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot, bit for bit."""
-        zero = self._deepspeed.optimizer
-        torch._foreach_copy_(list(self.parameters.values()), snapshot.parameters)
-        torch._foreach_copy_(zero.single_partition_of_fp32_groups, snapshot.partitions)
-        for state, saved in zip(self._optimizer_states(), snapshot.optimizer, strict=True):
-            for key, tensor in state.items():
-                # The first step makes the state; a state of zeros is where it began.
-                tensor.copy_(saved[key]) if saved else tensor.zero_()
-        self._deepspeed.lr_scheduler.load_state_dict(copy.deepcopy(snapshot.schedule))
-        for group, lr in zip(zero.param_groups, snapshot.lrs, strict=True):
-            group["lr"] = lr
-        for name, value in snapshot.counters.items():
-            setattr(self._deepspeed, name, value)
-
-    def _optimizer_states(self) -> list[dict[str, Tensor]]:
-        zero = self._deepspeed.optimizer
-        return [zero.optimizer.state[p] for p in zero.single_partition_of_fp32_groups]
 
     def save(self, folder: Path) -> None:
         """Write parameters, optimizer and schedule into a new folder; all ranks together.
@@ -299,10 +243,8 @@ class Engine:
         if distributed.rank() == 0:
             make_universal(folder / CHECKPOINT_TAG, scratch / CHECKPOINT_TAG)
         distributed.barrier()
-        settings = self._deepspeed._config
-        settings.load_universal_checkpoint = True
-        self.load(scratch)
-        settings.load_universal_checkpoint = False
+        with self.zero.loading_universal():
+            self.load(scratch)
         distributed.barrier()
         if distributed.rank() == 0:
             shutil.rmtree(scratch)

@@ -94,7 +94,7 @@ class BilevelTrainer:
             meta: the meta batch; empty where no weights are learned.
         """
         config = self.config.upper
-        before = self.engine.snapshot() if config.rollback else None
+        before = self.engine.zero.snapshot() if config.rollback else None
         for position, micro_batches in enumerate(window, start=1):
             lower = self.lower_step(micro_batches)
             if meta and (position == len(window) or config.unroll_window == "all"):
@@ -102,7 +102,7 @@ class BilevelTrainer:
                 self.add_hypergradient(micro_batches, v)
         upper = self._upper_step(losses, norm) if meta else None
         if before is not None:
-            self.engine.restore(before)
+            self.engine.zero.restore(before)
             for micro_batches in window:
                 lower = self.lower_step(micro_batches)
         return Iteration(lower=lower, upper=upper)

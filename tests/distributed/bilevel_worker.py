@@ -71,11 +71,11 @@ def results(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
 def meta_step_leaves_the_engine_as_it_is(run: TrainingRun) -> bool:
     """Take a meta gradient and its hypergradient; is every bit that ZeRO holds the same?"""
     trainer = run.trainer
-    before = trainer.engine.snapshot()
+    before = trainer.engine.zero.snapshot()
     window, meta = next(run.data())
     v, _, _ = trainer.meta_gradient(meta)
     trainer.add_hypergradient(window[-1], v)
-    after = trainer.engine.snapshot()
+    after = trainer.engine.zero.snapshot()
     tensors = [
         [*s.parameters, *s.partitions, *(t for state in s.optimizer for t in state.values())]
         for s in (before, after)

@@ -22,7 +22,11 @@ BELOW |= dict.fromkeys(GROUND, GROUND)
 # Arrows that still run back.
 TO_MEND = {("evaluation", "api")}
 OWNERS = {
-    "deepspeed": {"dreamprm_dist/training/engine.py", "dreamprm_dist/training/engine_files.py"},
+    "deepspeed": {
+        "dreamprm_dist/training/engine.py",
+        "dreamprm_dist/training/engine_files.py",
+        "dreamprm_dist/training/zero_state.py",
+    },
     "torch.distributed": {"dreamprm_dist/distributed.py"},
 }
 

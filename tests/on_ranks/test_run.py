@@ -1,0 +1,132 @@
+"""A run's policy: schedules, rollback, which data are learned from and which only measured on."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+from dreamprm_dist import distributed
+
+LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 12
+SETTINGS = [
+    *("--lr", str(LR), "--meta_lr", str(META_LR), "--iteration_num", str(ITERATIONS)),
+    *("--unroll_steps", str(STEPS), "--batch_size", "2", "--activation_function", "sigmoid"),
+]
+
+
+def cosine(step: int, num_steps: int) -> float:
+    """The factor at a step (from 0): 5 % linear warm-up, then half a cosine to 0."""
+    warmup = round(0.05 * num_steps)
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+
+
+def step_lr(step: int, num_steps: int) -> float:
+    """3 steps of each value, then three quarters of it."""
+    return 0.75 ** (step // 3)
+
+
+SCHEDULES = {
+    "cosine_schedule_with_warmup": (cosine, []),
+    "step_lr": (
+        step_lr,
+        [
+            *("--scheduler_step_size", "3", "--scheduler_gamma", "0.75"),
+            *("--meta_scheduler_step_size", "3", "--meta_scheduler_gamma", "0.75"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "reweighter", "options"),
+    [
+        ("cosine_schedule_with_warmup", "instance_table", []),
+        ("cosine_schedule_with_warmup", "instance_table", ["--rollback"]),
+        ("cosine_schedule_with_warmup", "instance_net", []),
+        ("step_lr", "domain_table", ["--rollback"]),
+    ],
+)
+def test_learning_rates_follow_the_closed_formula_on_both_levels(
+    make_run, name: str, reweighter: str, options: list[str]
+):
+    """The lower horizon is every lower step, the upper one every upper step.
+
+    An unroll that is rolled back and taken again moves its schedule once.
+    """
+    factor, flags = SCHEDULES[name]
+    schedules = ["--scheduler_type", name, "--meta_scheduler_type", name, *flags]
+    run = make_run(*SETTINGS, *schedules, "--reweighter", reweighter, *options)
+    lower_steps = ITERATIONS * STEPS
+    for iteration, (window, meta) in enumerate(run.data()):
+        assert run.trainer.engine.lr == pytest.approx(LR * factor(iteration * STEPS, lower_steps))
+        seen = run.trainer.iteration(window, meta)
+        last = iteration * STEPS + STEPS - 1
+        assert seen.lower.lr == pytest.approx(LR * factor(last, lower_steps), abs=1e-12)
+        assert seen.upper.lr == pytest.approx(META_LR * factor(iteration, ITERATIONS), abs=1e-12)
+    assert iteration == ITERATIONS - 1
+    # The formula must tell the mutants apart: another horizon, another share of warm-up.
+    assert cosine(3, lower_steps) != cosine(3, ITERATIONS) and round(0.05 * lower_steps) == 1
+
+
+def test_adamws_eps_is_torchs(make_run):
+    """Clipped to a norm of eps, gradients move the parameters by far less than the rate."""
+    run = make_run(
+        *SETTINGS, *("--scheduler_type", "constant", "--weight_decay", "0"),
+        *("--gradient_clipping", "1e-8"),
+    )  # fmt: skip
+    engine = run.trainer.engine
+    before = engine.zero.snapshot().partitions
+    window, _ = next(run.data())
+    run.trainer.lower_step(window[0])
+    after = engine.zero.snapshot()
+    for old, new, state in zip(before, after.partitions, after.optimizer, strict=True):
+        gradient = state["exp_avg"] / (1 - 0.9)  # after one step
+        expected = old - LR * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(new, expected, rtol=0, atol=LR * 1e-3)
+        assert (new - old).abs().max() > LR / 100
+
+
+def sample_ids(batches: list) -> set[int]:
+    return {int(i) for batch in batches for i in batch.sample_ids}
+
+
+@pytest.mark.parametrize("grouped", [[], ["--group_meta_by_question"]])
+def test_held_out_meta_questions_are_never_learned_from(make_run, grouped: list[str]):
+    run = make_run("--meta_validation_fraction", "0.4", "--meta_batch_size", "2", *grouped)
+    drawn = set()
+    for _, meta in islice(run.data(), 40):
+        drawn |= sample_ids(meta)
+    measured = sample_ids(list(run.validation_batches.every_row(0, run.device)))
+    # This rank's shards, all of whose rows are one or the other.
+    shards = run.meta_batches.shards
+    rows = run.validation_batches.shards.num_rows + shards.num_rows
+    assert rows == 29 and drawn and measured
+    assert not drawn & measured
+    mine = range(distributed.rank(), 4, 2)
+    kept = {i for s in mine for i in run.meta_batches.shards.read_column(s, "sample_id")}
+    assert drawn == kept
+
+
+def test_a_baseline_measures_on_meta_questions_and_learns_from_none(make_run):
+    run = make_run("--baseline", "--meta_validation_fraction", "0.4")
+    assert run.meta_batches is None and run.validation_batches is not None
+    window, meta = next(run.data())
+    assert meta == []
+    seen = run.trainer.iteration(window, meta)
+    assert seen.upper is None and seen.lower.weights.eq(1).all()
+
+
+def test_negative_weights_are_said_once(make_run, caplog):
+    run = make_run("--initialization", "-0.5", "--meta_lr", "0")
+    for iteration, batches in enumerate(islice(run.data(), 2), start=1):
+        run.metrics(iteration, run.trainer.iteration(*batches))
+    assert caplog.text.count("a weight is negative") == (distributed.rank() == 0)
+
+
+def test_finite_difference_in_bf16_is_warned_of(make_run, caplog):
+    for flags, count in ((["--precision", "bf16"], 1), ([], 1)):
+        make_run("--hypergradient", "finite_difference", *flags)
+        assert caplog.text.count("error of tens of percent") == count
