@@ -72,7 +72,7 @@ class FlagGroup:
 
 
 def parse_args(
-    config_classes: tuple[type[Any], ...], argv: Sequence[str] | None, description: str
+    config_classes: tuple[Any, ...], argv: Sequence[str] | None, description: str
 ) -> tuple[Any, ...]:
     """Read `--config recipe.yaml` (any number of them, later ones win), then the flags.
 

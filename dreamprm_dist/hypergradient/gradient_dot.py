@@ -29,7 +29,7 @@ def gradient_dot(
         # Summed in float32, for a bf16 sum over a billion products would lose them.
         pairs = zip(gradients, v.values(), strict=True)
         wide = torch.promote_types(loss.dtype, torch.float32)
-        products.append(sum((g.to(wide) * t.to(wide)).sum() for g, t in pairs))
+        products.append(torch.stack([(g.to(wide) * t.to(wide)).sum() for g, t in pairs]).sum())
     return (
         Observation(*(value.detach() for value in observation)),
         Observation(torch.stack(products), torch.zeros_like(observation.features)),

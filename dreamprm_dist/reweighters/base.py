@@ -120,8 +120,8 @@ class Reweighter(ABC):
         Returns:
             Both in the order of sample IDs, on rank 0 only.
         """
-        gathered = self.partition.gather(raw), self.partition.gather(self.activate(raw))
-        return None if gathered[0] is None else gathered
+        raw_weights, weights = self.partition.gather(raw), self.partition.gather(self.activate(raw))
+        return None if raw_weights is None or weights is None else (raw_weights, weights)
 
     @property
     def lr(self) -> float:

@@ -35,8 +35,9 @@ class InstanceNet(ReplicatedReweighter):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
             net = mlp(width, config.hidden_dim, config.num_layers)
-        nn.init.zeros_(net[-1].weight)
-        nn.init.constant_(net[-1].bias, config.initialization)
+        *_, weight, bias = net.parameters()
+        nn.init.zeros_(weight)
+        nn.init.constant_(bias, config.initialization)
         self._learn(net.to(context.device))
 
     def features(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:

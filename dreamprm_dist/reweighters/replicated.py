@@ -60,8 +60,8 @@ class ReplicatedReweighter(Reweighter):
 
         A collective: call it on every rank.
         """
-        parameters = list(self.module.parameters())
-        return distributed.all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters]))
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return distributed.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
 
     def forget(self) -> None:
         self._optimizer.zero_grad()

@@ -25,11 +25,11 @@ class DenseAdamW(AdamW):
         self._decay_target = decay_target
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = parameter.grad.to_dense()
-        super().step(closure)
+        super().step()
         if self._decay_target:
             # AdamW shrinks towards 0 by lr * decay; this adds what shrinking towards the target
             # leaves.
@@ -53,8 +53,7 @@ class NormalizedSGD(Optimizer):
         self._decay_target = decay_target
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
             decay = group["lr"] * group["weight_decay"]
             for parameter in group["params"]:

@@ -217,13 +217,13 @@ class TrainConfig:
             part = global_size // world_size
             flags[size] = max(b for b in range(1, values[size] + 1) if part % b == 0)
             flags[BATCH_FLAGS[size]] = part // flags[size]
-        replaced = {
-            name: dataclasses.replace(
-                section, **{flag: flags[flag] for flag in flags if hasattr(section, flag)}
+
+        def fitted(section: Any) -> Any:
+            return dataclasses.replace(
+                section, **{name: v for name, v in flags.items() if hasattr(section, name)}
             )
-            for name, section in (("lower", self.lower), ("upper", self.upper))
-        }
-        return dataclasses.replace(self, **replaced)
+
+        return dataclasses.replace(self, lower=fitted(self.lower), upper=fitted(self.upper))
 
     def as_dict(self) -> dict[str, Any]:
         """All flags, flat, as a recipe has them."""

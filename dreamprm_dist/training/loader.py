@@ -47,7 +47,7 @@ class RankBatches(Dataset):
     world_size: int
     by_question: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._questions: list[list[range]] = []
         self._draws_per_shard = self.shards.rows_per_shard
         if self.by_question:
@@ -123,7 +123,9 @@ class RankBatches(Dataset):
         size = self.micro_batch_size
         loaded = DataLoader(
             _Rows(self, rows),
-            batch_sampler=[range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)],
+            batch_sampler=[
+                list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)
+            ],
             collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
@@ -160,8 +162,8 @@ class RankBatches(Dataset):
     def _length(self, record: dict) -> int:
         """Tokens of a record, image tokens counted without writing them out."""
         tiles = [
-            num_tiles(*size, self.format.max_tiles, self.format.tile_size)
-            for size in record["image_sizes"]
+            num_tiles(width, height, self.format.max_tiles, self.format.tile_size)
+            for width, height in record["image_sizes"]
         ]
         text = encode_conversation(record["conversations"], self.tokenizer, [0] * len(tiles))
         return len(text.input_ids) + sum(tiles) * self.format.tokens_per_tile

@@ -82,6 +82,7 @@ def fit_to_ranks(
     """
     sizes, ranks = checkpoint.state["global_batch_sizes"], distributed.world_size()
     for size, shards in zip(sizes.values(), (train_shards, meta_shards), strict=False):
+        assert shards is not None  # whose batches have a size
         check_divisible(shards.path, shards.num_shards, size, ranks)
     fitted = config.with_global_batch_sizes(sizes, ranks)
     if fitted != config:

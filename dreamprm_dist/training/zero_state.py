@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # DeepSpeed's shared-memory collectives for CPUs are compiled at the first start, want AVX, and hang
 # when a rank dies; gloo does without all three.
@@ -65,7 +65,7 @@ class ZeroState:
         parameters: those that it trains.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, parameters: list[nn.Parameter]):
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, parameters: list[Tensor]):
         self._engine, self._parameters = engine, parameters
         self._zero = engine.optimizer
         # It puts a script into every checkpoint, on rank 0 alone, which must not fail alone.
@@ -81,7 +81,7 @@ class ZeroState:
         """Its parameters: flat, float32, one per group."""
         return self._zero.single_partition_of_fp32_groups
 
-    def fragment(self, parameter: nn.Parameter) -> Fragment | None:
+    def fragment(self, parameter: Any) -> Fragment | None:
         """A parameter's part on this rank; None where it has none."""
         mapping = parameter._hp_mapping
         if mapping is None:
