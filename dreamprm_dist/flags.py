@@ -18,7 +18,7 @@ from dreamprm_dist.errors import InputError, report_error, start_logging
 
 
 class Bounds(NamedTuple):
-    """What a number that is a flag must be."""
+    """Bounds of a number that is a flag."""
 
     at_least: float = -inf
     above: float = -inf

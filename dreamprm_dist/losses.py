@@ -16,11 +16,11 @@ ScoreOver = Literal["vocabulary", "pair"]
 
 
 class Observation(NamedTuple):
-    """What the upper level sees of a micro-batch of B instances.
+    """The upper level's view of a micro-batch of B instances.
 
     Attributes:
         losses: (B,) instance losses.
-        features: what the reweighter reads, (n, F) a labelled step or (B, F) an instance; (0, 0)
+        features: what the reweighter reads, (n, F) per labelled step or (B, F) per instance; (0, 0)
             for a reweighter that reads nothing.
     """
 
@@ -72,7 +72,7 @@ def step_scores(
 
 @dataclass
 class MetaLossConfig(FlagGroup):
-    """What the upper level minimises."""
+    """The meta loss, which the upper level minimises."""
 
     _argument_group_name: ClassVar[str] = "meta loss"
 

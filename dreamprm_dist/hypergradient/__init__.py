@@ -27,7 +27,7 @@ from dreamprm_dist.hypergradient.sama import adam_derivative
 
 @dataclass
 class HypergradientConfig(FlagGroup):
-    """How the hypergradient is estimated."""
+    """The estimator of the hypergradient."""
 
     _argument_group_name: ClassVar[str] = "hypergradient"
 

@@ -67,7 +67,7 @@ class Reweighter(ABC):
         self._num_steps = context.num_steps
 
     def features(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
-        """What the weights of a batch are computed from, see `Observation`."""
+        """Features that the weights of a batch are computed from, see `Observation`."""
         return losses.new_zeros(0, 0)
 
     @abstractmethod
@@ -178,7 +178,7 @@ class Reweighter(ABC):
         )
 
     def _clipping_factor(self, squared_norm: Tensor) -> Tensor:
-        """What a hypergradient of this global squared norm is multiplied by."""
+        """The factor of clipping for a hypergradient of this global squared norm."""
         largest = self.optimizer_config.meta_gradient_clipping
         if not largest:
             return torch.ones_like(squared_norm)

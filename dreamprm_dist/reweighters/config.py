@@ -12,7 +12,7 @@ from dreamprm_dist.reweighters.schedules import ScheduleName
 
 @dataclass
 class ReweighterConfig(FlagGroup):
-    """How weights are held."""
+    """The weights: how they are held."""
 
     _argument_group_name: ClassVar[str] = "reweighter"
     removed: ClassVar = {
@@ -68,7 +68,7 @@ class ReweighterConfig(FlagGroup):
 
 @dataclass
 class MetaOptimizerConfig(FlagGroup):
-    """How weights are learned from their hypergradient."""
+    """The optimizer of the weights, which follows their hypergradient."""
 
     _argument_group_name: ClassVar[str] = "meta optimizer"
 

@@ -1,4 +1,4 @@
-"""One learned weight a data set, as DreamPRM (arXiv:2505.20241): softplus over its mean."""
+"""One learned weight per data set, as DreamPRM (arXiv:2505.20241): softplus over its mean."""
 
 from __future__ import annotations
 

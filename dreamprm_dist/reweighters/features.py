@@ -1,4 +1,4 @@
-"""What an instance net may read of an instance, from one forward pass of the PRM."""
+"""Features of an instance that an instance net may read, from one forward pass of the PRM."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""One learned number an instance, partitioned over the ranks by sample ID."""
+"""One learned number per instance, partitioned over the ranks by sample ID."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class InstanceTable(Reweighter):
         self._pending.append((rows, gradient))
 
     def hypergradient(self) -> Tensor:
-        """What the next step applies to this rank's raw weights: a sparse tensor (local rows,).
+        """The hypergradient that the next step applies to this rank's rows, a sparse (local rows,).
 
         Coalesced: an instance drawn twice has the sum.
         """
@@ -84,7 +84,7 @@ class InstanceTable(Reweighter):
         return squared_norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As of every reweighter, with what is one number a row cut into `shard-S.*`."""
+        """As of every reweighter, with what is one number per row cut into `shard-S.*`."""
         state = super().state_dict()
         by_row = {n: t for n, t in state.items() if t.shape == self.raw_weights.shape}
         return {name: t for name, t in state.items() if name not in by_row} | {

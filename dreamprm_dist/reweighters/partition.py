@@ -1,4 +1,4 @@
-"""Which rank holds which instance: a pure function of integers, and the way back.
+"""The partition of instances over ranks: a pure function of integers, and the way back.
 
 Row `sample_id` lies in shard `sample_id % num_shards`, whose owner is rank `shard % world_size`.
 A rank only draws instances of its own shards, so look-up and update move no rows between ranks.

@@ -56,7 +56,7 @@ class ReplicatedReweighter(Reweighter):
         self.module.requires_grad_(False)
 
     def hypergradient(self) -> Tensor:
-        """What the next step applies to the parameters, flat, before clipping.
+        """The hypergradient that the next step applies, flat, before clipping.
 
         A collective: call it on every rank.
         """

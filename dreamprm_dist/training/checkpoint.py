@@ -50,7 +50,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 class Stateful(Protocol):
-    """What a checkpoint asks of a reweighter."""
+    """The interface of a reweighter that a checkpoint needs."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """`shard-S.*` for each shard S of this rank; everything else is equal on all ranks."""

@@ -79,7 +79,7 @@ def write_manifest(path: Path, checksums: dict[str, str]) -> None:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, the same on all ranks; None when it is whole."""
+    """Say what is wrong with a checkpoint, the same on all ranks; None when it is whole."""
     recorded, problem = {}, None
     if distributed.rank() == 0:
         try:

@@ -38,7 +38,7 @@ from dreamprm_dist.training.trackers import check_trackers
 
 @dataclass
 class DataConfig(FlagGroup):
-    """What is read, and how it becomes model inputs."""
+    """The data, and how they become model inputs."""
 
     _argument_group_name: ClassVar[str] = "data"
 

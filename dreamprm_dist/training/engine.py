@@ -30,7 +30,7 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 @dataclass(frozen=True, kw_only=True)
 class LowerStep:
-    """What a lower step saw on this rank; tensors hold its part of the global batch in order.
+    """A lower step as this rank saw it; tensors hold its part of the global batch in order.
 
     Attributes:
         lr: learning rate of the step.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `export/` with the PRM and `instance_weights.parquet`."""
+"""The products of a run: `export/` with the PRM and `instance_weights.parquet`."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def save_model(
 
 
 def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weights: Tensor) -> None:
-    """Write `instance_weights.parquet`: a row an instance in the order of sample IDs.
+    """Write `instance_weights.parquet`: a row per instance in the order of sample IDs.
 
     Args:
         raw_weights, weights: (instances,) float32.

@@ -75,7 +75,7 @@ class RankBatches(Dataset):
         ]
 
     def _rows(self, shard: int, index: int) -> list[tuple[int, int]]:
-        """What a draw stands for: a row, or all rows of a question."""
+        """The rows that a draw stands for: one, or all of a question."""
         rows = self._questions[shard][index] if self.by_question else [index]
         return [(shard, row) for row in rows]
 

@@ -48,7 +48,7 @@ def truncate(path: Path, iteration: int) -> None:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line and tells the trackers.
+    """Appends one JSON object per line and tells the trackers.
 
     Args:
         trackers: the run's, on rank 0; None on other ranks, where nothing is written.

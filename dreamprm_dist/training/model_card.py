@@ -44,7 +44,7 @@ def _origin(settings: Mapping[str, object]) -> str:
     if settings.get("retrain") or settings.get("baseline"):
         return "Trained by dreamprm_dist with plain fine-tuning."
     return (
-        "Trained by dreamprm_dist with bi-level optimisation, a learned weight an instance "
+        "Trained by dreamprm_dist with bi-level optimisation, a learned weight per instance "
         f"({settings.get('reweighter')})."
     )
 

@@ -1,4 +1,4 @@
-"""What a run goes on from: its newest checkpoint, if that is the same run's, at any world size.
+"""Resuming: a run goes on from its newest checkpoint, if that is the same run's, at any world size.
 
 The global batch sizes are constants of a run. On another number of ranks the micro-batches follow
 from them, and so every global batch holds the same instances.
@@ -33,7 +33,7 @@ MAY_CHANGE = {
 def run_settings(
     config: TrainConfig, train_shards: ShardFolder, meta_shards: ShardFolder | None
 ) -> dict:
-    """What must be equal for one run to go on with another's checkpoint, by the flag's name."""
+    """Settings, by flag, that must be equal for one run to go on with another's checkpoint."""
     data = {"train_json_file": train_shards, "meta_json_file": meta_shards}
     batches = {*BATCH_FLAGS, *BATCH_FLAGS.values()}
     return {name: v for name, v in _fixed(config.as_dict()).items() if name not in batches} | {
@@ -104,7 +104,7 @@ def _is_same_run(config: TrainConfig, file: Path) -> bool:
 
 
 def _with_younger_flags(saved: dict, settings: dict) -> dict:
-    """What was saved, and what `settings` has beyond: flags that came later, at their defaults."""
+    """The saved settings, and flags that came later, as `settings` has them, at their defaults."""
     defaults = parse_train_config([]).as_dict()
     return {name: defaults.get(name) for name in settings} | saved
 

@@ -38,7 +38,7 @@ MicroBatches = Sequence[Batch]
 
 @dataclass(frozen=True, kw_only=True)
 class UpperStep:
-    """What an upper step saw on this rank.
+    """An upper step as this rank saw it.
 
     Attributes:
         meta_losses: (B,) of this rank's part of the meta batch.
@@ -56,7 +56,7 @@ class UpperStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What an outer iteration saw on this rank: its last lower step, and its upper step if any."""
+    """An outer iteration as this rank saw it: its last lower step, and its upper step if any."""
 
     lower: LowerStep
     upper: UpperStep | None
@@ -158,7 +158,7 @@ class BilevelTrainer:
     def directional_derivative(
         self, batch: Batch, v: Mapping[str, Tensor]
     ) -> tuple[Observation, Observation]:
-        """What the upper level sees of a micro-batch, and its derivative along v."""
+        """The upper level's view of a micro-batch, and its derivative along v."""
         module = self.engine.module
 
         def observe(parameters: Mapping[str, Tensor]) -> Observation:
