@@ -340,7 +340,7 @@ def broadcast_text(text: str) -> str:
 
 
 def text_of_long_work(work: Callable[[], str]) -> str:
-    """Text that `work` returns on rank 0, on every rank, waited for beyond any collective_timeout."""
+    """Rank 0's text from `work` on every rank, which wait beyond any collective_timeout."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     box = [work() if rank() == 0 else ""]
     dist.broadcast_object_list(box, src=0, group=group)
