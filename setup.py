@@ -2,6 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
 GENERATE = ["openai>=2.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 TRACK = ["tensorboard", "wandb"]
@@ -10,11 +11,16 @@ setup(
     name="dreamprm_dist",
     version="0.1.0",
     description="Distributed trainer for multimodal process reward models with noisy labels",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["dreamprm_dist*", "data_tools*"]),
+    packages=[
+        *find_packages(include=["dreamprm_dist*", "data_tools*"]),
+        "dreamprm_dist.ds_configs",
+    ],
+    package_dir={"dreamprm_dist.ds_configs": "ds_configs"},
     package_data={
+        "dreamprm_dist.ds_configs": ["*.json"],
         "dreamprm_dist.report": ["page.html"],
         "dreamprm_dist.serving": ["page.html"],
     },
