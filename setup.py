@@ -1,15 +1,17 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+INIT = (ROOT / "dreamprm_dist" / "__init__.py").read_text("utf-8")
 GENERATE = ["openai>=2.0"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 TRACK = ["tensorboard", "wandb"]
 
 setup(
     name="dreamprm_dist",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', INIT)[1],
     description="Distributed trainer for multimodal process reward models with noisy labels",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
