@@ -53,9 +53,10 @@ test-web: $(STAMP) ## the tests in a browser; needs chromium and npm
 	npm install --silent --prefix tests/web
 	$(PYTHON) -m pytest -m web
 
-lint: $(STAMP) ## check format and style
+lint: $(STAMP) ## check format, style and spelling
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	git ls-files -z | xargs -0 $(PYTHON) -m codespell_lib
 
 format: $(STAMP) ## put format and style right
 	$(PYTHON) -m ruff format .

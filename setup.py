@@ -53,6 +53,7 @@ setup(
             *GENERATE,
             *SERVE,
             *TRACK,
+            "codespell[toml]==2.4.*",
             "hypothesis",
             "pytest>=8",
             "pytest-timeout",
