@@ -18,7 +18,7 @@ TEST ?= data/test.json
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds test test-survive test-gpu test-web lint format shard-data train evaluate bench
-.PHONY: bench-data
+.PHONY: bench-data test-wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -43,6 +43,9 @@ test: $(STAMP) ## all tests but those that need a GPU
 test-survive: $(STAMP) ## kill a run KILLS=20 times and change its number of ranks; survive.json
 	$(PYTHON) tests/survive.py
 
+test-wheel: $(STAMP) ## build the wheel, and train with it where no checkout is
+	$(PYTHON) tests/wheel.py
+
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu
 
@@ -50,9 +53,10 @@ test-web: $(STAMP) ## the tests in a browser; needs chromium and npm
 	npm install --silent --prefix tests/web
 	$(PYTHON) -m pytest -m web
 
-lint: $(STAMP) ## check format and style
+lint: $(STAMP) ## check format, style and spelling
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	git ls-files -z | xargs -0 $(PYTHON) -m codespell_lib
 
 format: $(STAMP) ## put format and style right
 	$(PYTHON) -m ruff format .

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dreamprm_dist.api import PRM, BestOfN
 
+__version__ = "0.1.0"
 __all__ = ["PRM", "BestOfN"]
 
 

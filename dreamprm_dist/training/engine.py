@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import deepspeed
@@ -25,7 +26,9 @@ from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
 from dreamprm_dist.training.zero_state import ZeroState
 
 CHECKPOINT_TAG = "state"
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+DS_CONFIGS = resources.files("dreamprm_dist") / "ds_configs"
+if not DS_CONFIGS.is_dir():  # a checkout has it beside the package, where users edit it
+    DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 @dataclass(frozen=True, kw_only=True)
