@@ -36,13 +36,14 @@ def mean_loss(
     prm: PRM,
     batches: Iterable[Batch],
     loss: Callable[[StepOutput, Batch], Tensor],
+    device: torch.device,
 ) -> float:
     """The mean over all ranks' rows of a loss, from what the PRM says and a batch to (B,).
 
     Args:
         batches: each row of this rank once, on the device.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=prm.model.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         losses = loss(prm(batch), batch).double()
         totals += torch.stack([losses.sum(), losses.new_tensor(len(losses))])

@@ -240,9 +240,8 @@ class TrainingRun:
             return {}
         batches = self._every_row(self.validation_batches, "validation")
         trainer = self.trainer
-        return {
-            "meta_validation_loss": mean_loss(trainer.engine.module, batches, trainer.meta_losses)
-        }
+        loss = mean_loss(trainer.engine.module, batches, trainer.meta_losses, self.device)
+        return {"meta_validation_loss": loss}
 
     def _save(self, iteration: int, validation: dict[str, float]) -> dict[str, float]:
         """A checkpoint; returns what it took, for `metrics.jsonl`."""
