@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     test = list(read_test_questions(config.test_json_file))
     questions = {"test": {i: q for i, q in enumerate(test) if isinstance(q, Question)}, "meta": {}}
     if config.meta_json_file:
-        questions["meta"] = dict(enumerate(read_meta_questions(config.meta_json_file)))
+        root = Path(config.image_root or Path(config.meta_json_file).parent)
+        questions["meta"] = dict(enumerate(read_meta_questions(config.meta_json_file, root)))
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     state = config.join_processes()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from dreamprm_dist.data.question_key import image_digests, question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
     parse_meta_record,
@@ -13,12 +15,7 @@ from dreamprm_dist.data.schema import (
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.grading import parse_choice
-from dreamprm_dist.prm.solutions import (
-    SOLUTION_MARK,
-    extract_answer,
-    split_steps,
-    steps_conversation,
-)
+from dreamprm_dist.prm.solutions import extract_answer, split_steps, steps_conversation
 
 
 @dataclass
@@ -82,34 +79,40 @@ def _test_question(line: int, raw: dict) -> Question:
     )
 
 
-def read_meta_questions(path: str) -> list[Question]:
+def read_meta_questions(path: str, image_root: Path) -> list[Question]:
     """The questions of a meta file, each with all solutions that the file holds of it.
 
-    Records belong to one question when their id, images and the questions in their first turns
-    agree.
+    Records belong to one question when they have one `question_key`, as in shards.
 
     Raises:
-        InputError: a record that cannot be taken; the line is named. No question has more than one
-            solution, so that there is nothing to choose.
+        InputError: a record that cannot be taken, or that shows other images than the records of
+            its question before it; the line is named. No question has more than one solution, so
+            that there is nothing to choose.
     """
-    groups: dict[tuple, list[tuple[int, MetaRecord]]] = {}
+    groups: dict[str, list[tuple[int, MetaRecord]]] = {}
     for line, raw in read_json_records(path):
         try:
             if isinstance(raw, RecordError):
                 raise raw
             record = parse_meta_record(raw)
+            members = groups.setdefault(question_key(record, image_root), [])
+            members.append((line, record))
+            first_line, first = members[0]
+            if record.images != first.images and (
+                image_digests(record, image_root) != image_digests(first, image_root)
+            ):
+                raise RecordError(
+                    f"it has the id {record.source_id!r} of record {first_line}, but shows other "
+                    "images; give each question an id of its own, or all records the id -1"
+                )
         except RecordError as error:
             raise InputError(f"{path}, record {line}: {error}") from error
-        first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
-        question = first.partition(SOLUTION_MARK)[0].strip()
-        key = (record.source_id, tuple(record.images), question)
-        groups.setdefault(key, []).append((line, record))
     if not groups:
         raise InputError(f"{path} holds no record; give meta records, several solutions a question")
     if max(map(len, groups.values())) == 1:
         raise InputError(
             f"{path} holds one solution a question, and every aggregation picks that one; give "
-            "several solutions of a question the same id, images and question text"
+            "several solutions of a question one id, or no id and the same images and text"
         )
     return [
         Question(

@@ -189,15 +189,15 @@ def test_step_labels_and_meta_groups(tmp_path) -> None:
     # VisualPRM's own format: the first step is in the question's turn.
     records += [("7", "true", "A", "Q\\n\\n### Solution Process:\\nOne"), ("7", "false", "B", "Q")]
     file.write_text("".join(meta % record for record in records))
-    questions = read_meta_questions(str(file))
+    questions = read_meta_questions(str(file), tmp_path)
     assert [q.true_false for q in questions] == [[True, False], [True], [False], [True, False]]
     assert questions[0].answers == ["A", "B"] and questions[0].line == 1
     file.write_text(meta % records[0] + meta % records[1])
     with pytest.raises(ValueError, match="one solution a question"):
-        read_meta_questions(str(file))
+        read_meta_questions(str(file), tmp_path)
     file.write_text(meta % records[0] + "{}\n")
     with pytest.raises(ValueError, match="record 2"):
-        read_meta_questions(str(file))
+        read_meta_questions(str(file), tmp_path)
 
 
 def test_answers_of_multiple_choice_are_letters(tmp_path) -> None:
