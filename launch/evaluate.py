@@ -18,7 +18,6 @@ from typing import NamedTuple
 import yaml
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.errors import InputError, RecordError
@@ -26,12 +25,12 @@ from dreamprm_dist.evaluation.best_of_n import CandidateScores, aggregate_candid
 from dreamprm_dist.evaluation.compare import BASICS, compare
 from dreamprm_dist.evaluation.questions import Question, read_meta_questions, read_test_questions
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
-from dreamprm_dist.evaluation.scoring import score_conversations
+from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
 from dreamprm_dist.evaluation.table import text_table
 from dreamprm_dist.flags import flag, parse_args, run
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
-from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.prm.model import load_tokenizer
 
 ON_META = "meta"
 
@@ -88,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = config.join_processes()
     # All before the first is scored with: a mistaken one is better found now than hours later.
-    tokenizers = {label: load_tokenizer(model) for label, model in models.items()}
+    for model in models.values():
+        load_tokenizer(model)
     files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
     settings = config.settings(models, files, state.device) | {"image_root": config.image_root}
     parts = ScoreJournal(out / "parts", settings)
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         left = [key for key in keys if key not in done]
         if left:
             mine = left[state.process_index :: state.num_processes]
-            _score_all(config, label, model, tokenizers[label], mine, questions, parts, state)
+            _score_all(config, label, model, mine, questions, parts, state)
     parts.close()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -127,28 +127,19 @@ def _score_all(
     config: EvaluateConfig,
     label: str,
     model: str,
-    tokenizer: PreTrainedTokenizerBase,
     keys: list[Key],
     questions: dict[str, dict[int, Question]],
     parts: ScoreJournal,
     state: PartialState,
 ) -> None:
-    prm = load_prm(model, config.precision, state.device)
+    prm = config.load(Scorer, model, state.device)
     files = {"test": config.test_json_file, "meta": config.meta_json_file}
     for key in tqdm(keys, desc=label, disable=not state.is_main_process):
         question, file = questions[key.set][key.question], files[key.set]
         root = Path(config.image_root or Path(file).parent)
         try:
             images = [read_image(root / path, path)[0] for path in question.images]
-            scores = score_conversations(
-                prm,
-                tokenizer,
-                question.conversations,
-                images,
-                max_tiles=config.max_patch_num,
-                score_over=config.score_over,
-            )
-            parts.write(key, {"scores": scores})
+            parts.write(key, {"scores": prm.score_conversations(question.conversations, images)})
         except RecordError as error:
             parts.write(key, {"error": str(error)})
         except InputError as error:

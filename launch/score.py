@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     records = read_json_records(config.input)
     state = config.join_processes()
     # First, so that a mistaken model leaves nothing on disk.
-    prm = config.load(config.model, state.device)
+    prm = config.load(PRM, config.model, state.device)
     name = prm_name(config.model)
     settings = config.settings({name: config.model}, {"input": config.input}, state.device)
     settings |= {

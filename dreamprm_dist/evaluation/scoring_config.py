@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 
-from dreamprm_dist.api import PRM
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import flag
 
@@ -36,9 +36,11 @@ class ScoringConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device is cuda, but torch sees no GPU; use --device cpu")
 
-    def load(self, model: str, device: torch.device | None = None) -> PRM:
-        """The PRM of a local folder or a hub name; InputError as `PRM.from_pretrained`."""
-        return PRM.from_pretrained(
+    def load(
+        self, kind: type[AnyScorer], model: str, device: torch.device | None = None
+    ) -> AnyScorer:
+        """The PRM of a local folder or a hub name; InputError as `Scorer.from_pretrained`."""
+        return kind.from_pretrained(
             model,
             precision=self.precision,
             device=device or (None if self.device == "auto" else self.device),

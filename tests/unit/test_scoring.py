@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreamprm_dist.errors import RecordError
-from dreamprm_dist.evaluation.scoring import score_solutions
+from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.losses import step_scores
 from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.chat import label_token_ids
@@ -57,7 +57,7 @@ WIDE, SMALL = picture(0, 96, 32), picture(1, 32, 32)
 
 
 def score(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUESTION, **options):
-    return score_solutions(prm, tokenizer, question, solutions, images, max_tiles=4, **options)
+    return Scorer(prm, tokenizer, 4, **options).score_solutions(question, solutions, images)
 
 
 @torch.no_grad()
