@@ -129,6 +129,17 @@ def test_order_and_repeated_solutions_change_nothing(prm, tokenizer, order, repe
     ]
 
 
+@pytest.mark.parametrize("label", ["+", "-"])
+def test_labels_of_the_data_are_not_looked_at(prm, tokenizer, label: str) -> None:
+    """The PRM scores a step behind neutral labels, whatever the data says of the steps before."""
+    given = steps_conversation(QUESTION, SOLUTIONS[3])
+    labelled = [turn | {"value": label} if turn["from"] == "gpt" else turn for turn in given]
+    scorer = Scorer(prm, tokenizer, 4)
+    assert scorer.score_conversations([labelled], [WIDE]) == scorer.score_conversations(
+        [given], [WIDE]
+    )
+
+
 def test_it_leaves_evaluation_mode(prm, tokenizer) -> None:
     prm.train()
     score(prm, tokenizer)
