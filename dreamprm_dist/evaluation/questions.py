@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dreamprm_dist.data.question_key import image_digests, question_key
 from dreamprm_dist.data.schema import (
@@ -23,11 +24,12 @@ class Question:
     """A question and the conversations in which its N candidates are scored.
 
     Attributes:
-        line: where it stands in its file: the line, or the index in a list, counted from 1.
+        file, line: where it stands; the line, or the index in a list, counts from 1.
         answers: the extracted answers, of multiple choice the letters; None where there is none.
         step_labels: for each candidate the label of each step, None where steps have no labels.
     """
 
+    file: str
     line: int
     id: str
     subject: str
@@ -38,18 +40,26 @@ class Question:
     step_labels: list[list[str | None]] | None = None
 
 
-def read_test_questions(path: str) -> Iterator[Question | tuple[int, object, RecordError]]:
-    """Yield the questions of a test file, and (line, id, error) for a record that is not taken."""
+class Rejected(NamedTuple):
+    """A record that is not taken, as `rejected.jsonl` lists it."""
+
+    line: int
+    id: object
+    reason: str
+
+
+def read_test_questions(path: str) -> Iterator[Question | Rejected]:
+    """Yield each record of a test file, as a question where it can be taken."""
     for line, raw in read_json_records(path):
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            yield _test_question(line, raw)
+            yield _test_question(path, line, raw)
         except RecordError as error:
-            yield line, raw.get("id") if isinstance(raw, dict) else None, error
+            yield Rejected(line, raw.get("id") if isinstance(raw, dict) else None, str(error))
 
 
-def _test_question(line: int, raw: dict) -> Question:
+def _test_question(path: str, line: int, raw: dict) -> Question:
     record = parse_test_record(raw)
     steps = [split_steps(solution) for solution in record.candidates]
     for index, labels in enumerate(record.step_labels or []):
@@ -65,6 +75,7 @@ def _test_question(line: int, raw: dict) -> Question:
         except InputError as error:
             raise RecordError(f"candidate {index}: {error}") from error
     return Question(
+        path,
         line,
         record.id,
         record.subject,
@@ -116,6 +127,7 @@ def read_meta_questions(path: str, image_root: Path) -> list[Question]:
         )
     return [
         Question(
+            path,
             members[0][0],
             members[0][1].source_id,
             members[0][1].dataset,
