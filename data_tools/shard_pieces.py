@@ -138,8 +138,6 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
 
         for line, raw in _block_records(job.lines, block):
             try:
-                if isinstance(raw, RecordError):
-                    raise raw
                 record = _PARSERS[job.kind](raw)
                 row = _row(record, job.image_root)
                 if job.kind == "meta":

@@ -280,6 +280,8 @@ def _parse_step_labels(value: object, num_candidates: int) -> list[list[str | No
 
 
 def _require_object(record: object) -> dict:
+    if isinstance(record, RecordError):  # read_json_records has found it so
+        raise record
     if not isinstance(record, dict):
         raise RecordError(f"a record must be a JSON object, not {_shown(record)}.")
     return record

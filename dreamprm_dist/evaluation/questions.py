@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,14 +52,12 @@ def read_test_questions(path: str) -> Iterator[Question | Rejected]:
     """Yield each record of a test file, as a question where it can be taken."""
     for line, raw in read_json_records(path):
         try:
-            if isinstance(raw, RecordError):
-                raise raw
             yield _test_question(path, line, raw)
         except RecordError as error:
             yield Rejected(line, raw.get("id") if isinstance(raw, dict) else None, str(error))
 
 
-def _test_question(path: str, line: int, raw: dict) -> Question:
+def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
     record = parse_test_record(raw)
     steps = [split_steps(solution) for solution in record.candidates]
     for index, labels in enumerate(record.step_labels or []):
@@ -68,19 +66,13 @@ def _test_question(path: str, line: int, raw: dict) -> Question:
                 f"step_labels[{index}] has {len(labels)} labels for {len(steps[index])} steps; "
                 "steps are separated by blank lines, numbered lines and 'Answer:'."
             )
-    conversations = []
-    for index, texts in enumerate(steps):
-        try:
-            conversations.append(steps_conversation(record.question, texts))
-        except InputError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
     return Question(
         path,
         line,
         record.id,
         record.subject,
         record.images,
-        conversations,
+        candidate_conversations(record.question, steps),
         [
             parse_choice(solution, record.options) if record.options else extract_answer(solution)
             for solution in record.candidates
@@ -88,6 +80,17 @@ def _test_question(path: str, line: int, raw: dict) -> Question:
         record.true_false,
         record.step_labels,
     )
+
+
+def candidate_conversations(question: str, candidates: Sequence[Sequence[str]]) -> list[list[dict]]:
+    """The conversation of each candidate, given as its steps; RecordError where it has none."""
+    conversations: list[list[dict]] = []
+    for index, steps in enumerate(candidates):
+        try:
+            conversations.append(steps_conversation(question, steps))
+        except InputError as error:
+            raise RecordError(f"candidate {index}: {error}") from error
+    return conversations
 
 
 def read_meta_questions(path: str, image_root: Path) -> list[Question]:
@@ -103,8 +106,6 @@ def read_meta_questions(path: str, image_root: Path) -> list[Question]:
     groups: dict[str, list[tuple[int, MetaRecord]]] = {}
     for line, raw in read_json_records(path):
         try:
-            if isinstance(raw, RecordError):
-                raise raw
             record = parse_meta_record(raw)
             members = groups.setdefault(question_key(record, image_root), [])
             members.append((line, record))

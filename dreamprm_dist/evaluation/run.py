@@ -97,7 +97,13 @@ def evaluate(config: EvaluateConfig) -> str:
         journal = ScoreJournal(out / "parts", settings)
         journal.start()
         for label, model in models.items():
-            if mine := list(journal.mine(_items(label, test, meta))):
+            questions = (
+                (Key(label, name, index), question)
+                for name, records in (("test", test), ("meta", meta))
+                for index, question in enumerate(records)
+                if isinstance(question, Question)
+            )
+            if mine := list(journal.mine(questions)):
                 # Nothing here holds the PRM, so that two are never in memory.
                 journal.score(
                     label, mine, partial(_score, config, model, config.load(Scorer, model, device))
@@ -124,15 +130,6 @@ def labelled(specifications: Sequence[str]) -> dict[str, str]:
 
 def _root(config: EvaluateConfig, file: str) -> Path:
     return Path(config.image_root or Path(file).parent)
-
-
-def _items(
-    label: str, test: Sequence[Question | Rejected], meta: Sequence[Question]
-) -> Iterator[tuple[Key, Question]]:
-    for name, questions in (("test", test), ("meta", meta)):
-        for index, question in enumerate(questions):
-            if isinstance(question, Question):
-                yield Key(label, name, index), question
 
 
 def _score(config: EvaluateConfig, model: str, scorer: Scorer, question: Question) -> dict:
@@ -168,14 +165,12 @@ def _write(
         rejected.append(question)
     write_whole(out / "rejected.jsonl", "".join(json_line(r._asdict()) for r in rejected))
     if not questions:
-        why = "it has no record"
-        if rejected:
-            first = rejected[0]
-            why = (
-                f"all {len(rejected)} records were rejected, the first at line {first.line}: "
-                f"{first.reason}"
-            )
-        raise InputError(f"{config.test_json_file}: no question was scored; {why}")
+        why = "all {} records were rejected, the first at line {}: {}"
+        raise InputError(
+            f"{config.test_json_file}: no question was scored; "
+            + (why.format(len(rejected), rejected[0].line, rejected[0].reason)
+               if rejected else "it has no record")
+        )  # fmt: skip
     prms = {label: _candidates(questions, scored, label, "test") for label in models}
     on_meta = {label: _accuracies_on_meta(meta, scored, label) for label in models if meta}
     chosen = {label: max(found, key=found.__getitem__) for label, found in on_meta.items()}

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
+from dreamprm_dist.evaluation.questions import candidate_conversations
 from dreamprm_dist.losses import ScoreOver, step_scores
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation, label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
 from dreamprm_dist.prm.shared_prefix import step_logits
-from dreamprm_dist.prm.solutions import split_steps, steps_conversation
+from dreamprm_dist.prm.solutions import split_steps
 from dreamprm_dist.prm.tiling import image_tiles
 
 AnyScorer = TypeVar("AnyScorer", bound="Scorer")
@@ -114,13 +115,7 @@ class Scorer:
         Args:
             solutions: for each solution its steps.
         """
-        conversations = []
-        for index, steps in enumerate(solutions):
-            try:
-                conversations.append(steps_conversation(question, steps))
-            except InputError as error:
-                raise RecordError(f"candidate {index}: {error}") from error
-        return self.score_conversations(conversations, images)
+        return self.score_conversations(candidate_conversations(question, solutions), images)
 
     @torch.no_grad()
     def score_conversations(

@@ -84,14 +84,10 @@ def write_demo_report(folder: Path) -> Path:
 
 
 def _differences(summary: dict) -> dict[str, tuple[float, ...]]:
-    """(mean, low, high) by name, wherever the summary keeps them."""
-    pooled = summary.get("pooled", {})
-    given = pooled | pooled.get("differences", {}) | summary.get("differences", {})
-    bounds = ("mean", "low", "high")
+    """(mean, low, high) by name."""
     return {
-        name: tuple(number(value[b]) for b in bounds)
-        for name, value in given.items()
-        if isinstance(value, dict) and value.keys() >= {*bounds}
+        name: tuple(number(value[bound]) for bound in ("mean", "low", "high"))
+        for name, value in summary.get("differences", {}).items()
     }
 
 

@@ -57,8 +57,7 @@ def label_of(name: str) -> str:
 
 
 def number(value: object) -> float:
-    """A number, or the mean of something pooled; NaN for anything else."""
-    value = value.get("mean") if isinstance(value, dict) else value
+    """A number; NaN for anything else."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

@@ -218,8 +218,8 @@ def test_several_seeds(folder: Path):
     ]
     shutil.rmtree(folder / "instance_table")
     interval = {"mean": 0.09, "low": 0.04, "high": 0.14}
-    pooled = {"baseline_minus_first": interval}
-    write_summary(folder, seeds=seeds, accuracy=ACCURACY, differences={}, pooled=pooled)
+    differences = {"baseline_minus_first": interval}
+    write_summary(folder, seeds=seeds, accuracy=ACCURACY, differences=differences)
     page = write_demo_report(folder).read_text()
     rows = Outline(page).rows
     assert ["Instance table", "58.8%", "58.8%", "58.8%"] in rows
