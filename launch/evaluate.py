@@ -3,7 +3,7 @@
     python launch/evaluate.py --model runs/table/export --test_json_file test.json --output_dir out
     torchrun --nproc_per_node 8 launch/evaluate.py --model runs/table/export runs/net/export ...
 
-Writes `results.json`, `scores.jsonl` (one line a PRM and candidate), `rejected.jsonl` and
+Writes `results.json`, `scores.jsonl` (one line per PRM and candidate), `rejected.jsonl` and
 `config.yaml`. The files are the same bytes on any number of ranks, and for an evaluation that
 was stopped and started again, as long as each rank has the same number of threads
 (OMP_NUM_THREADS; torchrun sets it to 1): on a CPU that number changes rounding.
