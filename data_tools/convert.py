@@ -19,6 +19,8 @@ from tqdm import tqdm
 from data_tools.mmmu import join_candidates, write_questions
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.schema import (
+    QUESTION_PREFIX,
+    SOLUTION_MARK,
     MetaRecord,
     parse_meta_record,
     parse_training_record,
@@ -26,7 +28,7 @@ from dreamprm_dist.data.schema import (
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
-from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
 
 def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:

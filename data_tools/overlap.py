@@ -24,13 +24,14 @@ from tqdm import tqdm
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
+    QUESTION_PREFIX,
+    SOLUTION_MARK,
     parse_test_record,
     parse_training_record,
     read_json_records,
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
-from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK
 
 CHECKS = ("image", "lookalike", "question")
 HASH_SIDE = 16  # 256 bits

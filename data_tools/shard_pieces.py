@@ -8,7 +8,6 @@ kill (`folders.make_once`) and depend on the job alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from data_tools.folders import make_once
 from data_tools.reencode import shard_image
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES
+from dreamprm_dist.data.question_key import question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
     TrainingRecord,
@@ -33,7 +33,6 @@ from dreamprm_dist.data.schema import (
 )
 from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
 from dreamprm_dist.errors import RecordError
-from dreamprm_dist.prm.solutions import SOLUTION_MARK
 
 BLOCK_RECORDS = 256  # what a killed worker loses at most
 BLOCK_BYTES = 64 << 20
@@ -139,17 +138,15 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
 
         for line, raw in _block_records(job.lines, block):
             try:
-                if isinstance(raw, RecordError):
-                    raise raw
                 record = _PARSERS[job.kind](raw)
                 row = _row(record, job.image_root)
+                if job.kind == "meta":
+                    group_keys.append(question_key(record, job.image_root))
             except RecordError as error:
                 source_id = raw.get("id") if isinstance(raw, dict) else None
                 source_id = source_id if isinstance(source_id, str | int) else None
                 rejected.append({"line": line, "id": source_id, "reason": str(error)})
                 continue
-            if job.kind == "meta":
-                group_keys.append(_group_key(record, row["images"]))
             num_rows += 1
             buffer.append(row)
             buffered_bytes += sum(map(len, row["images"]))
@@ -191,17 +188,6 @@ def _row(record: TrainingRecord, image_root: Path) -> dict:
 
 # Solutions of one question follow each other and share its images, and decoding is the cost.
 _shard_image = lru_cache(maxsize=16)(shard_image)
-
-
-def _group_key(record: TrainingRecord, images: list[bytes]) -> str:
-    """What the solutions of one question share: the id, else image bytes and question text."""
-    if record.source_id not in ("", "-1"):
-        return f"id {record.source_id}"
-    human = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
-    digest = hashlib.sha256(human.partition(SOLUTION_MARK)[0].strip().encode("utf-8"))
-    for data in images:
-        digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()
 
 
 def make_shard(job: Job, block_starts: Sequence[int], shard: Shard) -> dict:

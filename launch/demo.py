@@ -20,6 +20,8 @@ import torch
 from data_tools.demo_data import make_demo_data, noise_auc
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.evaluation.best_of_n import clustered_bootstrap
+from dreamprm_dist.evaluation.compare import BASICS
+from dreamprm_dist.evaluation.results import Results, read_results
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -40,8 +42,8 @@ class Demo:
     seed: int
     shuffled_meta: bool
 
-    def run(self) -> tuple[dict, dict]:
-        """All stages; returns what `summary.json` and the evaluation's `results.json` hold."""
+    def run(self) -> tuple[dict, Results]:
+        """All stages; returns `summary.json`'s content and the evaluation's results."""
         start = time.monotonic()
         self._data()
         cold_start = self._train("cold_start", "demo_cold_start", "train", self.out / "base")
@@ -94,8 +96,8 @@ class Demo:
         )
         return run / "export"
 
-    def _evaluate(self) -> dict:
-        """Best-of-N of all PRMs on the test questions, on two processes."""
+    def _evaluate(self) -> Results:
+        """Best-of-N of all PRMs on the test questions, on two ranks."""
         folder = self.out / "evaluation"
         self._on_ranks(
             *("evaluate", "evaluate.py"),
@@ -103,7 +105,7 @@ class Demo:
             *("--test_json_file", self.out / "data" / "test.json"),
             *("--output_dir", folder, "--precision", "fp32"),
         )
-        return json.loads((folder / "results.json").read_text())
+        return read_results(folder / "results.json")
 
     def _on_ranks(self, stage: str, script: str, *arguments: object) -> None:
         """Run a stage that is a script of `launch/` on two ranks."""
@@ -158,27 +160,25 @@ class Demo:
         return losses
 
 
-def pooled(runs: list[dict]) -> dict:
+def pooled(runs: list[Results]) -> dict:
     """Accuracies over the questions of all runs, and paired differences with 95 % intervals.
 
     The bootstrap resamples digit images, for questions about one image are not independent.
 
     Args:
-        runs: the evaluation's `results.json` of each seed.
+        runs: the evaluation of each seed.
     """
-    sizes = [run["num_questions"] for run in runs]
+    sizes = [run.num_questions for run in runs]
     accuracy = {
-        name: float(np.average([run["accuracy"][name] for run in runs], weights=sizes))
-        for name in ("first", "random", "self_consistency", "oracle")
+        name: float(np.average([run.accuracies()[name] for run in runs], weights=sizes))
+        for name in BASICS
     }
     correct = {
-        name: np.concatenate(
-            [run["prms"][name]["selected_correct"]["mean"] for run in runs]
-        ).astype(float)
+        name: np.concatenate([run.prms[name].correct["mean"] for run in runs]).astype(float)
         for name in PRMS
     }
     # Seeds split the same digits anew, so one digit is one cluster in all of them.
-    clusters = [tuple(images) for run in runs for images in run["question_images"]]
+    clusters = [tuple(question.images) for run in runs for question in run.questions]
     differences = {}
     for name, other in DIFFERENCES:
         mean, low, high = clustered_bootstrap(correct[name] - correct[other], clusters)

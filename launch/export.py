@@ -16,6 +16,7 @@ from typing import Literal
 import yaml
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.results import read_results
 from dreamprm_dist.files import whole_folder
 from dreamprm_dist.flags import flag, parse_args, run
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -60,22 +61,20 @@ def _of_run(folder: Path) -> tuple[dict, dict | None]:
 
 
 def _results(path: str | None, model: str) -> dict | None:
-    """An evaluation as the model card wants it: with this PRM's accuracies."""
+    """An evaluation as the model card shows it: with this PRM's accuracies."""
     if path is None:
         return None
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-        models = {name: Path(folder).resolve() for name, folder in results["models"].items()}
-        label = next((name for name in models if models[name] == Path(model).resolve()), None)
-        if label is not None:
-            results["accuracy"]["prm"] = results["prms"][label]["accuracy"]
-        results["test_json_file"], results["num_questions"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no results.json of launch/evaluate.py ({error!r})") from error
+    results = read_results(Path(path))
+    models = {label: Path(folder).resolve() for label, folder in results.models.items()}
+    label = next((label for label in models if models[label] == Path(model).resolve()), None)
     if label is None:
-        evaluated = ", ".join(results["models"].values())
+        evaluated = ", ".join(results.models.values())
         raise InputError(f"{path} has no accuracy of {model}; it is an evaluation of {evaluated}")
-    return results
+    return {
+        "test_json_file": results.test_json_file,
+        "num_questions": results.num_questions,
+        "accuracy": results.accuracies() | {"prm": results.accuracies(label)},
+    }
 
 
 if __name__ == "__main__":

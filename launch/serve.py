@@ -9,6 +9,7 @@ Only this machine can reach it unless `--host` says otherwise; it knows no users
 
 from dataclasses import dataclass
 
+from dreamprm_dist import PRM
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
 from dreamprm_dist.flags import flag, parse_args, run
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         from dreamprm_dist.serving.app import create_app
     except ImportError as error:
         raise InputError(f"{error}; install what it takes: pip install -e .[serve]") from error
-    app = create_app(config.load(config.model), prm_name(config.model))
+    app = create_app(config.load(PRM, config.model), prm_name(config.model))
     # A client that sends nothing for a while loses its connection and not the service.
     uvicorn.run(app, host=config.host, port=config.port, timeout_keep_alive=30)
 

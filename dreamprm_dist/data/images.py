@@ -22,7 +22,20 @@ def read_image(path: str | Path, shown: str) -> tuple[bytes, Image.Image]:
         shown: how the record names the image, for messages.
 
     Raises:
-        RecordError: there is no such file, it is too large, or see `decode_image`.
+        RecordError: as `image_bytes` and `decode_image`.
+    """
+    data = image_bytes(path, shown)
+    try:
+        return data, decode_image(data)
+    except RecordError as error:
+        raise RecordError(f"image {shown!r}: {error}") from error
+
+
+def image_bytes(path: str | Path, shown: str) -> bytes:
+    """An image file's bytes, not looked at.
+
+    Raises:
+        RecordError: there is no such file, it is too large, or it cannot be read.
     """
     try:
         # A device or a pipe would never end; a sparse file would fill the memory.
@@ -32,13 +45,9 @@ def read_image(path: str | Path, shown: str) -> tuple[bytes, Image.Image]:
             raise RecordError(
                 f"image {shown!r}: larger than {MAX_IMAGE_BYTES >> 20} MiB; make it smaller."
             )
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise RecordError(f"image {shown!r}: cannot be read ({error.strerror}).") from error
-    try:
-        return data, decode_image(data)
-    except RecordError as error:
-        raise RecordError(f"image {shown!r}: {error}") from error
 
 
 def decode_image(data: bytes, max_pixels: int = 64_000_000) -> Image.Image:

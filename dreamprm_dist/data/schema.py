@@ -17,6 +17,9 @@ from dreamprm_dist.errors import RecordError
 IMAGE_PLACEHOLDER = "<image>"
 # The chat format's own structure; text that holds one of these could forge it.
 RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
+QUESTION_PREFIX = "### Question:\n"
+# In VisualPRM's format the first step follows it, in the question's own turn.
+SOLUTION_MARK = "### Solution Process:"
 MAX_LINE_BYTES = 16 << 20  # a longer line is garbage; it is skipped without being held
 _BOM = b"\xef\xbb\xbf"
 
@@ -277,6 +280,8 @@ def _parse_step_labels(value: object, num_candidates: int) -> list[list[str | No
 
 
 def _require_object(record: object) -> dict:
+    if isinstance(record, RecordError):  # read_json_records has found it so
+        raise record
     if not isinstance(record, dict):
         raise RecordError(f"a record must be a JSON object, not {_shown(record)}.")
     return record

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.results import QuestionOutcome
 from dreamprm_dist.prm.aggregation import AGGREGATIONS, aggregate, pad_steps
 
 
@@ -76,83 +77,66 @@ def select(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
+@dataclass
+class Judged:
+    """The choices among the candidates of each question, question by question.
+
+    Attributes:
+        questions: choices that need no PRM.
+        correct: by aggregation, whether the candidate with the highest aggregate is right.
+    """
+
+    questions: list[QuestionOutcome]
+    correct: dict[str, list[bool]]
+
+    def accuracies(self) -> dict[str, float]:
+        """Part of the questions with a right choice, by aggregation."""
+        return {name: fmean(correct) for name, correct in self.correct.items()}
+
+
 def judge(
     candidates: Iterable[CandidateScores], aggregations: Iterable[str] = tuple(AGGREGATIONS)
-) -> dict:
-    """Accuracies of every way to choose among the candidates of each question.
+) -> Judged:
+    """Every way to choose among the candidates of each question.
 
     `first`: the first candidate. `random`: the expected accuracy of a uniform choice.
     `self_consistency`: the most frequent answer, ties to the one that appears first; it is right
     when the first candidate that has it is. Unparsed candidates do not vote, and a question
-    without any vote counts as wrong. `oracle`: any candidate is right. `prm`: the candidate with
-    the highest aggregate, for each aggregation.
-
-    Returns:
-        `num_questions`, `num_candidates`, `num_unparsed` (candidates), `accuracy` (the above),
-        `by_subject` (the same for each subject, when there are subjects) and, question by question
-        for paired statistics, `question_ids`, `question_images`, `first_correct`,
-        `random_correct` (expected), `self_consistency_correct`, `oracle_correct` and
-        `selected_correct`.
+    without any vote counts as wrong. `oracle`: any candidate is right. A PRM chooses the candidate
+    with the highest aggregate.
 
     Raises:
         InputError: there is no candidate, an aggregation is unknown, or a score is not a number.
     """
-    by_question: dict[int, list[CandidateScores]] = {}
-    for candidate in candidates:
-        by_question.setdefault(candidate.question, []).append(candidate)
-    if not by_question:
+    groups = by_question(candidates)
+    if not groups:
         raise InputError("there is nothing to judge: no candidate was scored")
-    names = tuple(aggregations)
-    questions = [_Outcome.of(group, names) for group in by_question.values()]
-    results = _summary(questions)
-    if subjects := sorted({question.subject for question in questions} - {""}):
-        results["by_subject"] = {
-            subject: _summary([q for q in questions if q.subject == subject])
-            for subject in subjects
-        }
-    return results | {
-        "question_ids": [question.id for question in questions],
-        "question_images": [question.images for question in questions],
-        "first_correct": [question.first for question in questions],
-        "random_correct": [question.random for question in questions],
-        "self_consistency_correct": [question.self_consistency for question in questions],
-        "oracle_correct": [question.oracle for question in questions],
-        "selected_correct": {name: [q.prm[name] for q in questions] for name in names},
-    }
-
-
-@dataclass
-class _Outcome:
-    """Which choices are right for one question."""
-
-    id: str
-    images: list[str]
-    subject: str
-    num_candidates: int
-    num_unparsed: int
-    first: bool
-    random: float
-    self_consistency: bool
-    oracle: bool
-    prm: dict[str, bool]
-
-    @classmethod
-    def of(cls, group: list[CandidateScores], aggregations: tuple[str, ...]) -> "_Outcome":
+    judged = Judged([], {name: [] for name in aggregations})
+    for group in groups:
         right = [candidate.true_false for candidate in group]
-        answers = [candidate.answer for candidate in group]
-        totals = aggregate_candidates([c.step_scores for c in group], aggregations)
-        return cls(
-            id=group[0].question_id,
-            images=group[0].images,
-            subject=group[0].subject,
-            num_candidates=len(group),
-            num_unparsed=answers.count(None),
-            first=right[0],
-            random=fmean(right),
-            self_consistency=majority_is_right(answers, right),
-            oracle=any(right),
-            prm={name: right[select(scores)] for name, scores in totals.items()},
+        judged.questions.append(
+            QuestionOutcome(
+                id=group[0].question_id,
+                images=group[0].images,
+                subject=group[0].subject,
+                first=right[0],
+                random=fmean(right),
+                self_consistency=majority_is_right([c.answer for c in group], right),
+                oracle=any(right),
+            )
         )
+        totals = aggregate_candidates([c.step_scores for c in group], judged.correct)
+        for name, scores in totals.items():
+            judged.correct[name].append(right[select(scores)])
+    return judged
+
+
+def by_question(candidates: Iterable[CandidateScores]) -> list[list[CandidateScores]]:
+    """The candidates of each question, in the order of the questions' first candidates."""
+    groups: dict[int, list[CandidateScores]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.question, []).append(candidate)
+    return list(groups.values())
 
 
 def majority_is_right(answers: Sequence[str | None], right: Sequence[bool]) -> bool:
@@ -160,20 +144,6 @@ def majority_is_right(answers: Sequence[str | None], right: Sequence[bool]) -> b
     votes = Counter(answer for answer in answers if answer is not None)
     # A Counter keeps the order of first appearance, and max() keeps the first of equals.
     return bool(votes) and right[answers.index(max(votes, key=votes.__getitem__))]
-
-
-def _summary(questions: list[_Outcome]) -> dict:
-    accuracy: dict = {
-        name: fmean(getattr(question, name) for question in questions)
-        for name in ("first", "random", "self_consistency", "oracle")
-    }
-    accuracy["prm"] = {name: fmean(q.prm[name] for q in questions) for name in questions[0].prm}
-    return {
-        "num_questions": len(questions),
-        "num_candidates": sum(question.num_candidates for question in questions),
-        "num_unparsed": sum(question.num_unparsed for question in questions),
-        "accuracy": accuracy,
-    }
 
 
 def clustered_bootstrap(
@@ -222,7 +192,7 @@ def bootstrap_intervals(
     """
     if len(values) != len(clusters) or not len(values):
         raise InputError(
-            f"{len(values)} differences and {len(clusters)} clusters; give one cluster a difference"
+            f"{len(values)} differences and {len(clusters)} clusters; give one cluster per difference"
         )
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     sums, sizes = np.zeros((len(index), values.shape[1])), np.zeros(len(index))

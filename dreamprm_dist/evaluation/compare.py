@@ -1,4 +1,4 @@
-"""What several PRMs are worth on the same questions: one table, with intervals.
+"""The comparison of several PRMs on the same questions: one table, with intervals.
 
 Everything is paired: all methods answer the same questions, and intervals are bootstrapped over
 clusters of questions (those about the same images). Nothing is chosen on the test questions.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import comb
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,17 @@ from dreamprm_dist.evaluation.best_of_n import (
     CandidateScores,
     aggregate_candidates,
     bootstrap_intervals,
+    by_question,
     judge,
     majority_is_right,
+)
+from dreamprm_dist.evaluation.results import (
+    Difference,
+    PrmOutcome,
+    QuestionOutcome,
+    Results,
+    StepMetrics,
+    TableRow,
 )
 
 BASICS = ("first", "random", "self_consistency", "oracle")
@@ -29,7 +39,7 @@ MOST_SUBSETS = 200
 
 def compare(
     prms: Mapping[str, list[CandidateScores]], aggregations: Mapping[str, str], seed: int = 0
-) -> dict:
+) -> Results:
     """Judge PRMs on the same questions.
 
     Args:
@@ -38,80 +48,84 @@ def compare(
         seed: of the bootstrap.
 
     Returns:
-        `table`: rows with `method`, `prm`, `aggregation`, `accuracy`, `interval_95`, `over_first`
-        and `over_first_interval_95`; `between`: differences of PRMs, each with the aggregation
-        that stands for it; `by_subject` and `by_n`: accuracies by `method`; `steps`: for each PRM,
-        where steps have labels, AUROC and calibration; `judged`: for each PRM what `judge` returns.
+        All but where PRMs and questions are from.
     """
     judged = {label: judge(candidates) for label, candidates in prms.items()}
-    some = next(iter(judged.values()))
+    questions = next(iter(judged.values())).questions
+    basics = {name: [getattr(question, name) for question in questions] for name in BASICS}
+    chosen = {label: judged[label].correct[name] for label, name in aggregations.items()}
     columns: dict[tuple[str, str, str], Sequence[float]] = {
-        (name, "", ""): some[f"{name}_correct"] for name in BASICS[:-1]
+        (name, "", ""): basics[name] for name in BASICS[:-1]
     }
     for label, results in judged.items():
-        for name, correct in results["selected_correct"].items():
+        for name, correct in results.correct.items():
             columns[f"{label}, {name}", label, name] = correct
-    columns["oracle", "", ""] = some["oracle_correct"]
+    columns["oracle", "", ""] = basics["oracle"]
     values = np.array([*columns.values()], dtype=np.float64).T
-    # A question without an image is a cluster of its own.
-    clusters = [tuple(paths) or index for index, paths in enumerate(some["question_images"])]
-    over_first = values - values[:, :1]
     pairs = list(combinations(prms, 2))
-    place = {key[1:]: column for column, key in enumerate(columns)}
-    chosen = {label: place[label, aggregations[label]] for label in prms}
-    differences = [values[:, chosen[b]] - values[:, chosen[a]] for a, b in pairs]
-    everything = np.column_stack([values, over_first, *differences])
+    differences = [np.subtract(chosen[b], chosen[a], dtype=np.float64) for a, b in pairs]
+    everything = np.column_stack([values, values - values[:, :1], *differences])
+    # A question without an image is a cluster of its own.
+    clusters = [tuple(question.images) or index for index, question in enumerate(questions)]
     intervals = bootstrap_intervals(everything, clusters, seed=seed).tolist()
     means = everything.mean(0).tolist()
     width = len(columns)
-    return {
-        "table": [
-            {
-                "method": method,
-                "prm": label,
-                "aggregation": aggregation,
-                "accuracy": means[i],
-                "interval_95": intervals[i],
-                "over_first": means[width + i],
-                "over_first_interval_95": intervals[width + i],
-            }
+    candidates = next(iter(prms.values()))
+    return Results(
+        num_questions=len(questions),
+        num_candidates=len(candidates),
+        num_unparsed=sum(candidate.answer is None for candidate in candidates),
+        table=[
+            TableRow(
+                method=method,
+                prm=label,
+                aggregation=aggregation,
+                accuracy=means[i],
+                interval_95=intervals[i],
+                over_first=means[width + i],
+                over_first_interval_95=intervals[width + i],
+            )
             for i, (method, label, aggregation) in enumerate(columns)
         ],
-        "between": [
-            {
-                "prm": b,
-                "over": a,
-                "difference": means[2 * width + i],
-                "interval_95": intervals[2 * width + i],
-            }
-            for i, (a, b) in enumerate(pairs)
+        between=[
+            Difference(prm=b, over=a, difference=means[i], interval_95=intervals[i])
+            for i, (a, b) in enumerate(pairs, 2 * width)
         ],
-        "by_subject": _by_subject(prms, judged, aggregations),
-        "by_n": _by_n(prms, aggregations),
-        "steps": {label: found for label, c in prms.items() if (found := step_metrics(c))},
-        "judged": judged,
-    }
+        by_subject=_by_subject(questions, basics | chosen),
+        by_n=_by_n(prms, aggregations),
+        questions=questions,
+        prms={
+            label: PrmOutcome(
+                aggregation=aggregations[label],
+                correct=judged[label].correct,
+                steps=step_metrics(candidates),
+            )
+            for label, candidates in prms.items()
+        },
+    )
 
 
-def _by_subject(prms: Mapping, judged: Mapping[str, dict], aggregations: Mapping) -> dict:
-    some = next(iter(judged.values()))
+def _by_subject(
+    questions: Sequence[QuestionOutcome], outcomes: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, float]]:
+    rows: dict[str, list[int]] = {}
+    for row, question in enumerate(questions):
+        rows.setdefault(question.subject, []).append(row)
     return {
-        subject: {"num_questions": summary["num_questions"]}
-        | {name: summary["accuracy"][name] for name in BASICS}
-        | {
-            label: judged[label]["by_subject"][subject]["accuracy"]["prm"][aggregations[label]]
-            for label in prms
-        }
-        for subject, summary in some.get("by_subject", {}).items()
+        subject: {"num_questions": len(rows[subject])}
+        | {name: fmean(values[row] for row in rows[subject]) for name, values in outcomes.items()}
+        for subject in sorted(rows.keys() - {""})
     }
 
 
-def _by_n(prms: Mapping[str, list[CandidateScores]], aggregations: Mapping[str, str]) -> dict:
-    """Expected accuracy with N of a question's candidates drawn by lot, N = 1 … 8.
+def _by_n(
+    prms: Mapping[str, list[CandidateScores]], aggregations: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
+    """Expected accuracy with N of a question's candidates drawn at random, N = 1 … 8.
 
     A question with fewer candidates keeps all that it has.
     """
-    groups = {label: _groups(candidates) for label, candidates in prms.items()}
+    groups = {label: by_question(candidates) for label, candidates in prms.items()}
     some = next(iter(groups.values()))
     most = min(MOST_N, max(map(len, some)))
     curves: dict[str, dict] = {}
@@ -134,15 +148,8 @@ def _by_n(prms: Mapping[str, list[CandidateScores]], aggregations: Mapping[str, 
     return curves
 
 
-def _groups(candidates: Sequence[CandidateScores]) -> list[list[CandidateScores]]:
-    groups: dict[int, list[CandidateScores]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.question, []).append(candidate)
-    return list(groups.values())
-
-
 def expected_selection(scores: Sequence[float], right: Sequence[bool], n: int) -> float:
-    """Probability that the highest score among n candidates drawn by lot is a right one's.
+    """Probability that the highest score among n candidates drawn at random is a right one's.
 
     The candidate of rank r (from 0) is chosen when it is drawn and the r better ones are not; ties
     go to the earlier candidate, as in `select`.
@@ -155,13 +162,13 @@ def expected_selection(scores: Sequence[float], right: Sequence[bool], n: int) -
 
 
 def expected_oracle(right: Sequence[bool], n: int) -> float:
-    """Probability that at least one of n candidates drawn by lot is right."""
+    """Probability that at least one of n candidates drawn at random is right."""
     n = min(n, len(right))
     return 1 - comb(len(right) - sum(right), n) / comb(len(right), n)
 
 
 def expected_majority(group: Sequence[CandidateScores], n: int) -> float:
-    """Expected accuracy of self-consistency among n candidates drawn by lot.
+    """Expected accuracy of self-consistency among n candidates drawn at random.
 
     Over all subsets, or 200 of them drawn with a fixed seed when there are more.
     """
@@ -179,15 +186,8 @@ def expected_majority(group: Sequence[CandidateScores], n: int) -> float:
     return sum(hits) / len(subsets)
 
 
-def step_metrics(candidates: Sequence[CandidateScores]) -> dict | None:
-    """AUROC and calibration of step scores, over all labelled steps; None where there is none.
-
-    Returns:
-        `num_steps`; `auroc`: how often a right step scores above a wrong one (None when all are of
-        one kind); `brier`: mean squared error; `calibration_error`: expected calibration error
-        over 10 equal bins (Guo et al., arXiv:1706.04599); `bins`: for each that is not empty its
-        `count`, mean `score` and share of `right` steps.
-    """
+def step_metrics(candidates: Sequence[CandidateScores]) -> StepMetrics | None:
+    """AUROC and calibration of step scores, over all labelled steps; None where there is none."""
     pairs = [
         (score, label == "+")
         for candidate in candidates
@@ -207,10 +207,10 @@ def step_metrics(candidates: Sequence[CandidateScores]) -> dict | None:
     by_bin = frame.groupby(np.digitize(frame["score"], edges))
     bins = by_bin.agg(count=("score", "size"), score=("score", "mean"), right=("right", "mean"))
     gaps = (bins["score"] - bins["right"]).abs()
-    return {
-        "num_steps": len(frame),
-        "auroc": auroc,
-        "brier": float(((frame["score"] - frame["right"]) ** 2).mean()),
-        "calibration_error": float((gaps * bins["count"]).sum() / len(frame)),
-        "bins": bins.to_dict("records"),
-    }
+    return StepMetrics(
+        num_steps=len(frame),
+        auroc=auroc,
+        brier=float(((frame["score"] - frame["right"]) ** 2).mean()),
+        calibration_error=float((gaps * bins["count"]).sum() / len(frame)),
+        bins=bins.to_dict("records"),
+    )

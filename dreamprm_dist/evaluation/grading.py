@@ -129,7 +129,7 @@ def _places(text: str, letters: str, options: Sequence[str]) -> dict[str, int]:
 
 
 def parse_open(solution: str) -> list[str | float]:
-    """What a solution answers to an open question: texts and numbers; empty: unparsed.
+    """A solution's answers to an open question: texts and numbers; empty: unparsed.
 
     Of every line the shortest text after a word such as "is" or "therefore" counts (in the last
     line also after "="), and the numbers in it; without any such word the whole response.

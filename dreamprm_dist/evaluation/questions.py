@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
+from dreamprm_dist.data.question_key import image_digests, question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
     parse_meta_record,
@@ -13,12 +16,7 @@ from dreamprm_dist.data.schema import (
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.grading import parse_choice
-from dreamprm_dist.prm.solutions import (
-    SOLUTION_MARK,
-    extract_answer,
-    split_steps,
-    steps_conversation,
-)
+from dreamprm_dist.prm.solutions import extract_answer, split_steps, steps_conversation
 
 
 @dataclass
@@ -26,11 +24,12 @@ class Question:
     """A question and the conversations in which its N candidates are scored.
 
     Attributes:
-        line: where it stands in its file: the line, or the index in a list, counted from 1.
+        file, line: where it stands; the line, or the index in a list, counts from 1.
         answers: the extracted answers, of multiple choice the letters; None where there is none.
         step_labels: for each candidate the label of each step, None where steps have no labels.
     """
 
+    file: str
     line: int
     id: str
     subject: str
@@ -41,18 +40,24 @@ class Question:
     step_labels: list[list[str | None]] | None = None
 
 
-def read_test_questions(path: str) -> Iterator[Question | tuple[int, object, RecordError]]:
-    """Yield the questions of a test file, and (line, id, error) for a record that is not taken."""
+class Rejected(NamedTuple):
+    """A record that is not taken, as `rejected.jsonl` lists it."""
+
+    line: int
+    id: object
+    reason: str
+
+
+def read_test_questions(path: str) -> Iterator[Question | Rejected]:
+    """Yield each record of a test file, as a question where it can be taken."""
     for line, raw in read_json_records(path):
         try:
-            if isinstance(raw, RecordError):
-                raise raw
-            yield _test_question(line, raw)
+            yield _test_question(path, line, raw)
         except RecordError as error:
-            yield line, raw.get("id") if isinstance(raw, dict) else None, error
+            yield Rejected(line, raw.get("id") if isinstance(raw, dict) else None, str(error))
 
 
-def _test_question(line: int, raw: dict) -> Question:
+def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
     record = parse_test_record(raw)
     steps = [split_steps(solution) for solution in record.candidates]
     for index, labels in enumerate(record.step_labels or []):
@@ -61,18 +66,13 @@ def _test_question(line: int, raw: dict) -> Question:
                 f"step_labels[{index}] has {len(labels)} labels for {len(steps[index])} steps; "
                 "steps are separated by blank lines, numbered lines and 'Answer:'."
             )
-    conversations = []
-    for index, texts in enumerate(steps):
-        try:
-            conversations.append(steps_conversation(record.question, texts))
-        except InputError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
     return Question(
+        path,
         line,
         record.id,
         record.subject,
         record.images,
-        conversations,
+        candidate_conversations(record.question, steps),
         [
             parse_choice(solution, record.options) if record.options else extract_answer(solution)
             for solution in record.candidates
@@ -82,37 +82,53 @@ def _test_question(line: int, raw: dict) -> Question:
     )
 
 
-def read_meta_questions(path: str) -> list[Question]:
+def candidate_conversations(question: str, candidates: Sequence[Sequence[str]]) -> list[list[dict]]:
+    """The conversation of each candidate, given as its steps; RecordError where it has none."""
+    conversations: list[list[dict]] = []
+    for index, steps in enumerate(candidates):
+        try:
+            conversations.append(steps_conversation(question, steps))
+        except InputError as error:
+            raise RecordError(f"candidate {index}: {error}") from error
+    return conversations
+
+
+def read_meta_questions(path: str, image_root: Path) -> list[Question]:
     """The questions of a meta file, each with all solutions that the file holds of it.
 
-    Records belong to one question when their id, images and the questions in their first turns
-    agree.
+    Records belong to one question when they have one `question_key`, as in shards.
 
     Raises:
-        InputError: a record that cannot be taken; the line is named. No question has more than one
-            solution, so that there is nothing to choose.
+        InputError: a record that cannot be taken, or that shows other images than the records of
+            its question before it; the line is named. No question has more than one solution, so
+            that there is nothing to choose.
     """
-    groups: dict[tuple, list[tuple[int, MetaRecord]]] = {}
+    groups: dict[str, list[tuple[int, MetaRecord]]] = {}
     for line, raw in read_json_records(path):
         try:
-            if isinstance(raw, RecordError):
-                raise raw
             record = parse_meta_record(raw)
+            members = groups.setdefault(question_key(record, image_root), [])
+            members.append((line, record))
+            first_line, first = members[0]
+            if record.images != first.images and (
+                image_digests(record, image_root) != image_digests(first, image_root)
+            ):
+                raise RecordError(
+                    f"it has the id {record.source_id!r} of record {first_line}, but shows other "
+                    "images; give each question an id of its own, or all records the id -1"
+                )
         except RecordError as error:
             raise InputError(f"{path}, record {line}: {error}") from error
-        first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
-        question = first.partition(SOLUTION_MARK)[0].strip()
-        key = (record.source_id, tuple(record.images), question)
-        groups.setdefault(key, []).append((line, record))
     if not groups:
         raise InputError(f"{path} holds no record; give meta records, several solutions a question")
     if max(map(len, groups.values())) == 1:
         raise InputError(
             f"{path} holds one solution a question, and every aggregation picks that one; give "
-            "several solutions of a question the same id, images and question text"
+            "several solutions of a question one id, or no id and the same images and text"
         )
     return [
         Question(
+            path,
             members[0][0],
             members[0][1].source_id,
             members[0][1].dataset,

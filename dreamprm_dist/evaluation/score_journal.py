@@ -1,24 +1,31 @@
-"""What has been scored so far, on disk, so that scoring can go on after it was stopped.
+"""Scoring that all ranks share, and that goes on after it was stopped.
 
-Each process appends a line for each question to a file of its own. A new start, with any number of
-processes, first gathers the whole lines of all files: half a line, of a process that was killed
-while writing, is left out and its question scored again.
+Each rank appends a line for each question to a file of its own. A new start, on any number of
+ranks, first gathers the whole lines of all files: half a line, of a rank that was killed while
+writing, is left out and its question scored again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
-from accelerate import PartialState
+from tqdm import tqdm
 
-from dreamprm_dist.errors import InputError
+from dreamprm_dist.distributed import barrier, rank, world_size
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.files import JsonLines, json_line, whole_lines, write_whole
+
+Question = TypeVar("Question")
+Keyed = tuple[tuple, Question]  # the key is of texts and numbers
 
 
 class ScoreJournal:
-    """A folder with the scores of each question by its key, a tuple of texts and numbers.
+    """A folder with the scores of each question by its key.
 
     Args:
         settings: all that scores depend on, JSON; scores made with others are refused.
@@ -31,7 +38,7 @@ class ScoreJournal:
         self.folder, self._settings = folder, settings
         self._settings_file = self.folder / "settings.json"
         # A start that failed before its first score, say of a mistyped model, left nothing to keep.
-        if self._settings_file.is_file() and self.read():
+        if self._settings_file.is_file() and self._read():
             before = json.loads(self._settings_file.read_text(encoding="utf-8"))
             different = [key for key in settings if before.get(key, settings[key]) != settings[key]]
             if different:
@@ -41,16 +48,15 @@ class ScoreJournal:
                 )
             self._settings = before | settings
 
-    def start(self, state: PartialState) -> dict[tuple, dict]:
-        """Start this process's part; by all processes. Returns what is scored, as `read`."""
-        state.wait_for_everyone()
-        if state.is_main_process:
+    def start(self) -> None:
+        """Start this rank's part; by all ranks."""
+        barrier()
+        if rank() == 0:
             self._gather()
-        state.wait_for_everyone()
-        done = self.read()
-        state.wait_for_everyone()
-        self._lines = JsonLines(self.folder / f"rank{state.process_index}.jsonl")
-        return done
+        barrier()
+        self._done = self._read()
+        barrier()
+        self._lines = JsonLines(self.folder / f"rank{rank()}.jsonl")
 
     def _gather(self) -> None:
         """Bring all parts into one file."""
@@ -63,20 +69,46 @@ class ScoreJournal:
             if file != done:
                 file.unlink()
 
-    def read(self) -> dict[tuple, dict]:
-        """What is scored: key -> row."""
+    def _read(self) -> dict[tuple, dict]:
         files = sorted(self.folder.glob("*.jsonl"))
         lines = [line for file in files for line in whole_lines(file)]
         rows = map(json.loads, lines)
         return {tuple(row.pop("key")): row for row in rows}
 
-    def write(self, key: tuple, row: dict) -> None:
-        """Add a question; it is on disk when this returns."""
-        self._lines.add({"key": key} | row)
+    def mine(self, questions: Iterable[Keyed[Question]]) -> Iterator[Keyed[Question]]:
+        """This rank's part of the questions that are not scored yet; all ranks give the same."""
+        left = (question for question in questions if question[0] not in self._done)
+        return islice(left, rank(), None, world_size())
 
-    def close(self) -> None:
+    def score(
+        self, name: str, mine: Iterable[Keyed[Question]], score: Callable[[Question], dict]
+    ) -> None:
+        """Score this rank's part; a question is on disk before the next one.
+
+        Args:
+            name: of the progress that rank 0 shows.
+            score: gives a question's row; of one that cannot be scored, the row is its `error`.
+        """
+        for key, question in tqdm(mine, desc=name, disable=rank() > 0):
+            try:
+                row = score(question)
+            except RecordError as error:
+                row = {"error": str(error)}
+            self._lines.add({"key": key} | row)
+
+    def finish(self, write: Callable[[dict[tuple, dict]], str]) -> str:
+        """Wait for all ranks; rank 0 writes all scores, and then removes the folder.
+
+        Args:
+            write: puts rows by key where they belong, and says so in a text.
+
+        Returns:
+            The text on rank 0, nothing ("") elsewhere.
+        """
         self._lines.close()
-
-    def remove(self) -> None:
-        """Forget everything: all is scored and written where it belongs."""
+        barrier()
+        if rank():
+            return ""
+        text = write(self._read())
         shutil.rmtree(self.folder)
+        return text

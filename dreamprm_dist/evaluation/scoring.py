@@ -1,110 +1,181 @@
-"""Scores of every step of several solutions of one question."""
+"""A PRM that scores: every step of several solutions of one question, and the best of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
+from dreamprm_dist.evaluation.questions import candidate_conversations
 from dreamprm_dist.losses import ScoreOver, step_scores
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation, label_token_ids
-from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
 from dreamprm_dist.prm.shared_prefix import step_logits
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
+from dreamprm_dist.prm.solutions import split_steps
 from dreamprm_dist.prm.tiling import image_tiles
 
+AnyScorer = TypeVar("AnyScorer", bound="Scorer")
 
-def score_solutions(
-    prm: PRM,
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    solutions: Sequence[Sequence[str]],
-    images: Sequence[bytes],
-    *,
-    max_tiles: int,
-    score_over: ScoreOver = "vocabulary",
-    system_prompt: str = SYSTEM_PROMPT,
-) -> list[list[float]]:
-    """P(+) after each step of each solution of a question; see `score_conversations`.
+
+@dataclass(frozen=True)
+class BestOfN:
+    """N candidate solutions as the PRM sees them.
+
+    Attributes:
+        index: the chosen candidate, that of the highest score; ties go to the first.
+        scores: N aggregated scores.
+        steps: for each candidate the texts of its steps.
+        step_scores: for each candidate the score of each of its steps, in [0, 1].
+    """
+
+    index: int
+    scores: list[float]
+    steps: list[list[str]]
+    step_scores: list[list[float]]
+
+
+class Scorer:
+    """A PRM with its tokenizer, and how it reads and scores.
 
     Args:
-        solutions: for each solution its steps.
+        module: the network, as `prm.model.load_prm` loads it.
+        tokenizer: its tokenizer.
+        max_patch_num: most tiles of an image, thumbnail not counted.
+        score_over: what a step's probability is taken over, see `losses.step_scores`.
     """
-    conversations = []
-    for index, steps in enumerate(solutions):
-        try:
-            conversations.append(steps_conversation(question, steps, system_prompt))
-        except InputError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
-    return score_conversations(
-        prm, tokenizer, conversations, images, max_tiles=max_tiles, score_over=score_over
-    )
 
+    def __init__(
+        self,
+        module: PRM,
+        tokenizer: PreTrainedTokenizerBase,
+        max_patch_num: int = 12,
+        score_over: ScoreOver = "vocabulary",
+    ):
+        if max_patch_num < 1:
+            raise InputError(f"max_patch_num is {max_patch_num}; it must be at least 1")
+        self.module, self.tokenizer, self.max_patch_num = module.eval(), tokenizer, max_patch_num
+        self.score_over = score_over
 
-@torch.no_grad()
-def score_conversations(
-    prm: PRM,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[dict]],
-    images: Sequence[bytes],
-    *,
-    max_tiles: int,
-    score_over: ScoreOver = "vocabulary",
-) -> list[list[float]]:
-    """P(+) after each step of conversations about the same images; the PRM is left evaluating.
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyScorer],
+        name_or_path: str | Path,
+        *,
+        precision: Literal["bf16", "fp32"] = "bf16",
+        device: str | torch.device | None = None,
+        max_patch_num: int = 12,
+        score_over: ScoreOver = "vocabulary",
+    ) -> AnyScorer:
+        """Load a PRM from a local folder or the hub, in either InternVL3 layout, no remote code.
 
-    The conversations of a question are one batch of their own, so that no score depends on what
-    else a process has to do. Within it they stand in an order of their own and equal ones once:
-    neither the order of the conversations nor a repeated one changes any score.
+        Args:
+            device: where it runs; by default the GPU where there is one.
 
-    Args:
-        conversations: turns as in `prm.chat.encode_conversation`; labels are not looked at.
-        images: encoded images, checked by `data.images.decode_image`.
-        max_tiles: most tiles of an image, thumbnail not counted.
-        score_over: what P is taken over, see `losses.step_scores`.
+        Raises:
+            InputError: it is no InternVL3 checkpoint, or its tensors do not fit.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        module = load_prm(str(name_or_path), precision, device)
+        return cls(module, load_tokenizer(str(name_or_path)), max_patch_num, score_over)
 
-    Returns:
-        For each conversation the score of each of its steps, in [0, 1].
+    def choose(
+        self,
+        question: str,
+        candidates: Sequence[str | Sequence[str]],
+        images: Sequence[bytes],
+        aggregation: str,
+    ) -> BestOfN:
+        """Score N >= 1 candidate solutions of a question and choose one.
 
-    Raises:
-        RecordError: a conversation cannot be encoded; it is named by its index, as a candidate.
-        InputError: a score is not a number.
-    """
-    tiles = [image_tiles(data, max_tiles, prm.tile_size) for data in images]
-    counts = [len(part) for part in tiles]
-    encoded: list[EncodedConversation] = []
-    for index, turns in enumerate(conversations):
+        Args:
+            candidates: for each candidate its text, which is split into steps, or its steps.
+            images: as in `score_conversations`.
+            aggregation: a key of `AGGREGATIONS`.
+
+        Raises:
+            RecordError, InputError: as `score_conversations`.
+        """
+        steps = [split_steps(c) if isinstance(c, str) else list(c) for c in candidates]
+        step_scores = self.score_solutions(question, steps, images)
+        scores = aggregate_candidates(step_scores, [aggregation])[aggregation]
+        return BestOfN(select(scores), scores, steps, step_scores)
+
+    def score_solutions(
+        self, question: str, solutions: Sequence[Sequence[str]], images: Sequence[bytes]
+    ) -> list[list[float]]:
+        """P(+) after each step of each solution of a question; see `score_conversations`.
+
+        Args:
+            solutions: for each solution its steps.
+        """
+        return self.score_conversations(candidate_conversations(question, solutions), images)
+
+    @torch.no_grad()
+    def score_conversations(
+        self, conversations: Sequence[Sequence[dict]], images: Sequence[bytes]
+    ) -> list[list[float]]:
+        """P(+) after each step of conversations about the same images; the PRM is left evaluating.
+
+        The conversations of a question are one batch of their own, so that no score depends on
+        what else a rank has to do. Within it they stand in an order of their own and equal ones
+        once: neither the order of the conversations nor a repeated one changes any score.
+
+        Args:
+            conversations: turns as in `prm.chat.encode_conversation`; labels are not looked at.
+            images: encoded images, checked by `data.images.decode_image`.
+
+        Returns:
+            For each conversation the score of each of its steps, in [0, 1].
+
+        Raises:
+            RecordError: a conversation cannot be encoded; it is named by its index, as a candidate.
+            InputError: a score is not a number.
+        """
+        prm, label_ids = self.module.eval(), label_token_ids(self.tokenizer)
+        tiles = [image_tiles(data, self.max_patch_num, prm.tile_size) for data in images]
+        encoded = [
+            self._encoded(index, turns, [len(part) for part in tiles])
+            for index, turns in enumerate(conversations)
+        ]
+        distinct = {tuple(conversation.input_ids): conversation for conversation in encoded}
+        order = sorted(distinct, key=lambda ids: (len(ids), ids))
+        pixel_values = torch.cat(tiles) if tiles else torch.empty(0, 3, *[prm.tile_size] * 2)
+        logits = step_logits(
+            prm, [distinct[ids] for ids in order], pixel_values.to(prm.model.device)
+        )
+        scores = {
+            ids: step_scores(part, label_ids, "+", self.score_over).tolist()
+            for ids, part in zip(order, logits, strict=True)
+        }
+        result = [scores[tuple(conversation.input_ids)] for conversation in encoded]
+        for index, values in enumerate(result):
+            if any(math.isnan(value) for value in values):
+                raise InputError(
+                    f"candidate {index}: a step score is not a number; the model's weights are "
+                    "broken or overflow in this precision, try fp32"
+                )
+        return result
+
+    def _encoded(
+        self, index: int, turns: Sequence[dict], num_tiles: list[int]
+    ) -> EncodedConversation:
+        prm = self.module
         try:
             conversation = encode_conversation(
-                turns, tokenizer, counts, prm.tokens_per_tile, label_context="plus"
+                turns, self.tokenizer, num_tiles, prm.tokens_per_tile, label_context="plus"
             )
             if (length := len(conversation.input_ids)) > prm.max_length:
                 raise InputError(
                     f"{length} tokens are more than the model's context of {prm.max_length}; lower "
-                    f"max_patch_num, now {max_tiles}, or leave the question out"
+                    f"max_patch_num, now {self.max_patch_num}, or leave the question out"
                 )
         except InputError as error:
             raise RecordError(f"candidate {index}: {error}") from error
-        encoded.append(conversation)
-
-    distinct = {tuple(conversation.input_ids): conversation for conversation in encoded}
-    order = sorted(distinct, key=lambda ids: (len(ids), ids))
-    pixel_values = torch.cat(tiles) if tiles else torch.empty(0, 3, *[prm.tile_size] * 2)
-    prm.eval()
-    logits = step_logits(prm, [distinct[ids] for ids in order], pixel_values.to(prm.model.device))
-    label_ids = label_token_ids(tokenizer)
-    scores = {
-        ids: step_scores(part, label_ids, "+", score_over).tolist()
-        for ids, part in zip(order, logits, strict=True)
-    }
-    result = [scores[tuple(conversation.input_ids)] for conversation in encoded]
-    for index, values in enumerate(result):
-        if any(math.isnan(value) for value in values):
-            raise InputError(
-                f"candidate {index}: a step score is not a number; the model's weights are broken "
-                "or overflow in this precision, try fp32"
-            )
-    return result
+        return conversation

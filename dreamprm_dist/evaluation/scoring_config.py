@@ -1,22 +1,22 @@
-"""What the commands that score with a PRM are told about it."""
+"""Flags of the commands that score with a PRM."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 
-from dreamprm_dist.api import PRM
+from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import flag
 
-# Processes finish at different times, for images have different sizes; the default of ten minutes
-# would end long work at its last barrier.
-TIMEOUT = timedelta(hours=12)
+# Ranks finish at different times, for images have different sizes; less would end long work at its
+# last barrier.
+TIMEOUT_MINUTES = 12 * 60.0
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ScoringConfig:
     )
     precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda where there is one.")
+    local_rank: int = flag(-1, "Set by launchers; the environment counts.")
 
     def __post_init__(self) -> None:
         if self.max_patch_num < 1:
@@ -36,9 +37,11 @@ class ScoringConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device is cuda, but torch sees no GPU; use --device cpu")
 
-    def load(self, model: str, device: torch.device | None = None) -> PRM:
-        """The PRM of a local folder or a hub name; InputError as `PRM.from_pretrained`."""
-        return PRM.from_pretrained(
+    def load(
+        self, kind: type[AnyScorer], model: str, device: torch.device | None = None
+    ) -> AnyScorer:
+        """The PRM of a local folder or a hub name; InputError as `Scorer.from_pretrained`."""
+        return kind.from_pretrained(
             model,
             precision=self.precision,
             device=device or (None if self.device == "auto" else self.device),
@@ -46,16 +49,14 @@ class ScoringConfig:
             score_over=self.score_over,
         )
 
-    def join_processes(self) -> PartialState:
-        """This process among those that a launcher has started to score together, if one has."""
-        # Without cpu=True a process on a machine without GPU takes itself for the only one.
-        use_cpu = self.device == "cpu" or not torch.cuda.is_available()
-        return PartialState(cpu=use_cpu, timeout=TIMEOUT)
+    def joined(self) -> AbstractContextManager[torch.device]:
+        """Score as one of the ranks that a launcher has started; see `distributed.joined`."""
+        return distributed.joined(self.device, TIMEOUT_MINUTES)
 
     def settings(
         self, models: Mapping[str, str], files: Mapping[str, str | None], device: torch.device
     ) -> dict:
-        """All that scores depend on: the flags here, and what shows that models or files changed.
+        """All that scores depend on: flags, and whatever shows that models or files changed.
 
         Args:
             models: label -> local folder or hub name.
@@ -77,6 +78,6 @@ def _weights_state(model: str) -> list[list]:
 
 
 def prm_name(model: str) -> str:
-    """What a PRM is called: a run's `export` folder as its run, anything else by its own name."""
+    """A PRM's name: of a run's `export` folder that of the run, of anything else its own."""
     path = Path(model).absolute()  # the name of "." is empty
     return path.resolve().parent.name if path.name == "export" else path.name

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from dreamprm_dist.data.schema import QUESTION_PREFIX
 from dreamprm_dist.errors import InputError
 
 # The released checkpoints were trained with exactly this text.
@@ -24,10 +25,6 @@ Please note:
 justifications.
 
 Your task is to verify the accuracy and correctness of each step in the given solution process."""
-
-QUESTION_PREFIX = "### Question:\n"
-# In VisualPRM's format the first step follows it, in the question's own turn.
-SOLUTION_MARK = "### Solution Process:"
 
 _REASONING_MARKER = re.compile(r"\A\s*\[Reasoning\]")
 # `Answer:` alone on its line belongs to the text that follows it.

@@ -1,7 +1,8 @@
-"""What PRMs are worth, from an evaluation's `results.json`, with intervals."""
+"""Accuracies of PRMs, from an evaluation's results, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from dreamprm_dist.evaluation.results import Results, TableRow
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure
 from dreamprm_dist.report.style import GREY, decimal, label_of, line_styles, percent, points
 
@@ -10,77 +11,75 @@ def _interval(values: Sequence[float], show) -> str:
     return " to ".join(map(show, values))
 
 
-def table_accuracy(results: Mapping) -> str:
-    """All methods and aggregations, and what each has over the first candidate."""
+def table_accuracy(results: Results) -> str:
+    """All methods and aggregations, and the gain of each over the first candidate."""
     rows = [
         (
             _method(row),
-            percent(row["accuracy"]),
-            _interval(row["interval_95"], percent),
-            points(row["over_first"]),
-            _interval(row["over_first_interval_95"], points),
+            percent(row.accuracy),
+            _interval(row.interval_95, percent),
+            points(row.over_first),
+            _interval(row.over_first_interval_95, points),
         )
-        for row in results["table"]
+        for row in results.table
     ]
     caption = (
-        f"Questions with a right pick, of {results['num_questions']:,}; percentage points over the "
+        f"Questions with a right pick, of {results.num_questions:,}; percentage points over the "
         "first candidate; paired 95% intervals"
     )
     head = ("Picked by", "Right", "Interval", "Over first", "Interval")
     return html_table(caption, head, rows)
 
 
-def table_between(results: Mapping) -> str:
+def table_between(results: Results) -> str:
     """PRMs against each other."""
-    by_prm = results["aggregation"]["by_prm"]
     rows = [
         (
-            f"{label_of(row['prm'])} − {label_of(row['over'])}",
-            points(row["difference"]),
-            _interval(row["interval_95"], points),
+            f"{label_of(row.prm)} − {label_of(row.over)}",
+            points(row.difference),
+            _interval(row.interval_95, points),
         )
-        for row in results["between"]
+        for row in results.between
     ]
-    chosen = ", ".join(f"{label_of(label)}: {name}" for label, name in by_prm.items())
+    chosen = ", ".join(f"{label_of(label)}: {p.aggregation}" for label, p in results.prms.items())
     caption = f"PRMs against each other, percentage points ({chosen})"
     return html_table(caption, ("Difference", "Mean", "Interval"), rows)
 
 
-def table_subjects(results: Mapping) -> str:
+def table_subjects(results: Results) -> str:
     """Accuracy by subject, each PRM with the aggregation that stands for it."""
-    methods = ["first", "random", "self_consistency", *results["aggregation"]["by_prm"], "oracle"]
+    methods = ["first", "random", "self_consistency", *results.prms, "oracle"]
     rows = [
         (subject, f"{row['num_questions']:,}", *(percent(row[method]) for method in methods))
-        for subject, row in results["by_subject"].items()
+        for subject, row in results.by_subject.items()
     ]
     return html_table("By subject", ("Subject", "Questions", *map(label_of, methods)), rows)
 
 
-def table_steps(results: Mapping) -> str:
+def table_steps(results: Results) -> str:
     """How well single steps are judged, where steps have labels."""
     rows = [
-        (label_of(label), f"{row['num_steps']:,}", decimal(row["auroc"], 3),
-         decimal(row["brier"], 3), decimal(row["calibration_error"], 3))
-        for label, row in results["steps"].items()
+        (label_of(label), f"{steps.num_steps:,}", decimal(steps.auroc, 3),
+         decimal(steps.brier, 3), decimal(steps.calibration_error, 3))
+        for label, prm in results.prms.items() if (steps := prm.steps)
     ]  # fmt: skip
     head = ("PRM", "Steps", "AUROC", "Brier score", "Calibration error")
     return html_table("Single steps against their labels", head, rows)
 
 
-def figure_intervals(results: Mapping) -> str:
+def figure_intervals(results: Results) -> str:
     """Accuracies with their intervals, each PRM with the aggregation that stands for it."""
-    by_prm = results["aggregation"]["by_prm"]
     rows = [
-        row for row in results["table"]
-        if not row["prm"] or by_prm[row["prm"]] == row["aggregation"]
+        row for row in results.table
+        if not row.prm or results.prms[row.prm].aggregation == row.aggregation
     ]  # fmt: skip
-    styles = line_styles(by_prm)
+    styles = line_styles(results.prms)
     figure, axes = axes_of(0.8 + 0.32 * len(rows))
     for place, row in enumerate(rows):
-        low, high = (100 * value for value in row["interval_95"])
-        color = styles[row["prm"]]["color"] if row["prm"] else GREY
+        low, high = (100 * value for value in row.interval_95)
+        color = styles[row.prm]["color"] if row.prm else GREY
         axes.plot([low, high], [place, place], color=color, linewidth=2)
-        axes.plot(100 * row["accuracy"], place, "o", color=color)
+        axes.plot(100 * row.accuracy, place, "o", color=color)
     axes.set_yticks(range(len(rows)), [_method(row) for row in rows])
     axes.set(xlabel="right picks, %")
     axes.invert_yaxis()
@@ -88,23 +87,21 @@ def figure_intervals(results: Mapping) -> str:
     return svg_figure(figure, "Right picks with 95% intervals", "Points: right picks; lines: 95%.")
 
 
-def figure_by_n(results: Mapping) -> str:
+def figure_by_n(results: Results) -> str:
     """Accuracy against the number of candidates."""
-    numbers = [int(n) for n in results["by_n"]]
+    numbers = [int(n) for n in results.by_n]
     if len(numbers) < 2:
         return ""
     figure, axes = axes_of()
-    for name, style in line_styles(results["aggregation"]["by_prm"]).items():
-        values = [100 * row[name] for row in results["by_n"].values()]
+    for name, style in line_styles(results.prms).items():
+        values = [100 * row[name] for row in results.by_n.values()]
         axes.plot(numbers, values, marker="o", markersize=3, label=label_of(name), **style)
     for name, dashes in (("oracle", "-"), ("self_consistency", "--"), ("random", ":")):
-        values = [100 * row[name] for row in results["by_n"].values()]
+        values = [100 * row[name] for row in results.by_n.values()]
         axes.plot(numbers, values, color=GREY, linestyle=dashes, label=label_of(name))
-    axes.set(xlabel="candidates N, drawn by lot", ylabel="right picks, %", xticks=numbers)
+    axes.set(xlabel="candidates N, drawn at random", ylabel="right picks, %", xticks=numbers)
     return svg_figure(figure, "Right picks against N", "Expected right picks against N.")
 
 
-def _method(row: Mapping) -> str:
-    return (
-        f"{label_of(row['prm'])}, {row['aggregation']}" if row["prm"] else label_of(row["method"])
-    )
+def _method(row: TableRow) -> str:
+    return f"{label_of(row.prm)}, {row.aggregation}" if row.prm else label_of(row.method)

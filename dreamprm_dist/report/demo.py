@@ -50,7 +50,7 @@ def write_demo_report(folder: Path) -> Path:
     accuracy, auc = summary.get("accuracy", {}), summary.get("noise_auc", {})
     differences, seeds = _differences(summary), summary.get("seeds", [])
     # Other lengths mean that records were rejected, and sample IDs are not those of the truth.
-    weighted = [r for r in runs if r.weights is not None and len(r.weights) == len(flipped)]
+    weighted = [r for r in runs if 0 < len(r.weights) == len(flipped)]
     sections = {
         "Key figures": [summary_tiles(summary, differences, flipped)],
         "Which solution is picked": [
@@ -84,14 +84,10 @@ def write_demo_report(folder: Path) -> Path:
 
 
 def _differences(summary: dict) -> dict[str, tuple[float, ...]]:
-    """(mean, low, high) by name, wherever the summary keeps them."""
-    pooled = summary.get("pooled", {})
-    given = pooled | pooled.get("differences", {}) | summary.get("differences", {})
-    bounds = ("mean", "low", "high")
+    """(mean, low, high) by name."""
     return {
-        name: tuple(number(value[b]) for b in bounds)
-        for name, value in given.items()
-        if isinstance(value, dict) and value.keys() >= {*bounds}
+        name: tuple(number(value[bound]) for bound in ("mean", "low", "high"))
+        for name, value in summary.get("differences", {}).items()
     }
 
 

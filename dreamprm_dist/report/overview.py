@@ -1,4 +1,4 @@
-"""The page about training runs: what they are worth, what the weights found, where time went."""
+"""The page about training runs: accuracies, weights, and where time went."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.results import Results, read_results
 from dreamprm_dist.report.accuracy import (
     figure_by_n,
     figure_intervals,
@@ -19,7 +20,7 @@ from dreamprm_dist.report.accuracy import (
     table_subjects,
 )
 from dreamprm_dist.report.html import html_table, whole_page, wrap
-from dreamprm_dist.report.runs import Run, read_json
+from dreamprm_dist.report.runs import Run
 from dreamprm_dist.report.style import PLOT_STYLE, decimal, label_of, percent
 from dreamprm_dist.report.training import (
     BANDS,
@@ -69,10 +70,8 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
         runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     found = [folder / "evaluation" / "results.json" for folder in folders]
     results = results or next(filter(Path.is_file, found), None)
-    evaluation = read_json(results) if results else None
-    if results and not (isinstance(evaluation, dict) and "table" in evaluation):
-        raise InputError(f"{results} is no results.json of launch/evaluate.py")
-    weighted = [run for run in runs if run.weights is not None]
+    evaluation = read_results(results) if results else None
+    weighted = [run for run in runs if len(run.weights)]
     with_data = [(run, shards) for run in weighted if (shards := training_shards(run))]
     sections = {
         "Runs": [wrap("wide", _table_runs(runs))],
@@ -103,7 +102,7 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     return out
 
 
-def _accuracy(results: dict) -> list[str]:
+def _accuracy(results: Results) -> list[str]:
     return [
         wrap("wide", table_accuracy(results)),
         figure_intervals(results),
@@ -117,9 +116,8 @@ def _accuracy(results: dict) -> list[str]:
 def _table_runs(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        last = run.metrics.iloc[-1] if len(run.metrics) else {}
+        last = run.metrics.iloc[-1].to_dict() if len(run.metrics) else {}
         speed = run.metrics.get("samples_per_second")
-        weights = run.weights
         rows.append(
             (
                 label_of(run.name),
@@ -128,25 +126,26 @@ def _table_runs(runs: Sequence[Run]) -> str:
                 decimal(last.get("lower_loss"), 3),
                 decimal(None if speed is None else float(speed.mean()), 1),
                 decimal(last.get("peak_memory_gib"), 1),
-                decimal(None if weights is None else len(weights), 0),
-                decimal(None if weights is None else effective_sample_size(weights), 0),
+                decimal(len(run.weights) or None, 0),
+                decimal(effective_sample_size(run.weights) if len(run.weights) else None, 0),
             )
         )
-    head = ("Run", "Iterations", "Epochs", "Lower loss", "Instances a second", "Memory, GiB")
-    head += ("Weighted instances", "Effective sample size")
+    head = (
+        *("Run", "Iterations", "Epochs", "Lower loss", "Instances a second", "Memory, GiB"),
+        *("Weighted instances", "Effective sample size"),
+    )
     return html_table("The runs at their end; (Σw)² / Σw² is the effective size", head, rows)
 
 
-def _verdict(results: dict | None) -> str:
+def _verdict(results: Results | None) -> str:
     if not results:
         return "These runs have no evaluation yet; launch/evaluate.py makes one."
-    rows = {(row["prm"], row["aggregation"]): row for row in results["table"]}
     shares = (
-        f"{label_of(label)} for {percent(rows[label, name]['accuracy'])}"
-        for label, name in results["aggregation"]["by_prm"].items()
+        f"{label_of(label)} for {percent(results.accuracies(label)[prm.aggregation])}"
+        for label, prm in results.prms.items()
     )
     return (
-        f"Of {results['num_questions']:,} questions the first candidate is right for "
-        f"{percent(results['accuracy']['first'])}; a right solution is picked by "
+        f"Of {results.num_questions:,} questions the first candidate is right for "
+        f"{percent(results.accuracies()['first'])}; a right solution is picked by "
         f"{', '.join(shares)}."
     )

@@ -1,4 +1,4 @@
-"""What a run folder holds, for a report."""
+"""A run folder's content, for a report."""
 
 import json
 import math
@@ -16,12 +16,12 @@ MOST_POINTS = 400  # of a curve; more would only make the page heavy
 
 @dataclass
 class Run:
-    """A run folder, as far as it is there: `metrics` may be empty, `weights` are by sample ID."""
+    """A run folder, as far as it is there: `metrics` and `weights`, by sample ID, may be empty."""
 
     name: str
     metrics: pd.DataFrame
     config: dict
-    weights: np.ndarray | None
+    weights: np.ndarray
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -36,7 +36,7 @@ class Run:
             (yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None) or {},
             pd.read_parquet(weights).sort_values("sample_id")["weight"].to_numpy()
             if weights.exists()
-            else None,
+            else np.empty(0),
         )
 
     def curve(self, *columns: str) -> pd.DataFrame:
@@ -52,7 +52,7 @@ class Run:
 
 
 def read_json(path: Path) -> dict | list | None:
-    """What a JSON file holds, None where there is no such file; InputError where it is not JSON."""
+    """A JSON file's content, None where there is no such file; InputError where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except json.JSONDecodeError as error:

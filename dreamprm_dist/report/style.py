@@ -10,7 +10,7 @@ ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 # Label, explanation and colour, in the order of tables and plots.
 METHODS = {
     "first": ("First candidate", "no choice at all", GREY),
-    "random": ("Random candidate", "drawn by lot", GREY),
+    "random": ("Random candidate", "drawn at random", GREY),
     "self_consistency": ("Self-consistency", "the most frequent answer", GREY),
     "cold_start": ("Cold start", "PRM fine-tuned on the noisy labels", SKY),
     "baseline": ("Baseline", "trained on, all instances weighing the same", VERMILION),
@@ -23,7 +23,7 @@ METHODS = {
     "oracle": ("Oracle", "right whenever a candidate is", GREY),
 }
 # Text stays text, so that the page's CSS gives it a font and a colour for light and dark.
-PLOT_STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
+PLOT_STYLE: dict = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
 PLOT_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
 PLOT_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 PLOT_STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY)
@@ -57,8 +57,7 @@ def label_of(name: str) -> str:
 
 
 def number(value: object) -> float:
-    """A number, or the mean of something pooled; NaN for anything else."""
-    value = value.get("mean") if isinstance(value, dict) else value
+    """A number; NaN for anything else."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

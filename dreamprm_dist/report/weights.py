@@ -1,4 +1,4 @@
-"""What the learned weights of a run say: their spread, data sets, and the instances at the ends."""
+"""The learned weights of a run: their spread, data sets, and the instances at the ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from dreamprm_dist.data.images import decode_image
+from dreamprm_dist.data.schema import QUESTION_PREFIX
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import RecordError
-from dreamprm_dist.prm.solutions import QUESTION_PREFIX
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure, wrap
 from dreamprm_dist.report.runs import Run
 from dreamprm_dist.report.style import decimal, label_of, line_styles
@@ -54,8 +54,8 @@ def table_datasets(run: Run, shards: ShardFolder) -> str:
     if set(groups.groups) == {""}:
         return ""
     rows = [
-        (name or "(no name)", f"{len(w):,}", decimal(float(w.mean())), decimal(float(w.median())),
-         decimal(effective_sample_size(w.to_numpy()), 0))
+        (str(name) or "(no name)", f"{len(w):,}", decimal(float(w.mean())),
+         decimal(float(w.median())), decimal(effective_sample_size(w.to_numpy()), 0))
         for name, w in groups
     ]  # fmt: skip
     head = ("Data set", "Instances", "Mean", "Median", "Effective")

@@ -34,7 +34,7 @@ _DATA_URL = re.compile(r"data:[\w/+.-]*;base64,")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, and how many may wait.
+    """Limits of a request, and of how many may wait.
 
     Attributes:
         body_bytes: of a request's body.
@@ -70,7 +70,7 @@ class ScoreRequest(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """What the PRM makes of it."""
+    """The scores, and the best candidate."""
 
     best: int = Field(description="Index of the candidate with the highest score.")
     scores: list[float] = Field(description="Of each candidate, in [0, 1].")

@@ -16,7 +16,8 @@ def model_card(
     Args:
         settings: the run's flags and their values, as in its `config.yaml`; may be empty.
         metrics: the last line of its `metrics.jsonl`.
-        results: a `results.json` of `launch/evaluate.py`.
+        results: of an evaluation `test_json_file`, `num_questions` and `accuracy`: by method, and
+            under `prm` by aggregation.
     """
     base = settings.get("reward_model")
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from standin import QUESTION, STEPS, make_model, png, write_results
 
-from dreamprm_dist.evaluation.scoring import score_solutions
+from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.losses import step_scores
 from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.chat import label_token_ids
@@ -43,7 +43,7 @@ def plain(prm: PRM, tokenizer, solutions: list[list[str]], image: bytes) -> list
 
 
 def shared(prm: PRM, tokenizer, solutions: list[list[str]], image: bytes) -> list[float]:
-    scores = score_solutions(prm, tokenizer, QUESTION, solutions, [image], max_tiles=MAX_TILES)
+    scores = Scorer(prm, tokenizer, MAX_TILES).score_solutions(QUESTION, solutions, [image])
     return [score for steps in scores for score in steps]
 
 

@@ -11,7 +11,6 @@ changed.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from standin import write_results
 
 from data_tools.demo_data import noise_auc
 from dreamprm_dist.evaluation.best_of_n import clustered_bootstrap
+from dreamprm_dist.evaluation.results import read_results
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 RECIPE = LAUNCH / "recipes" / "demo_instance_table.yaml"
@@ -80,12 +80,12 @@ def of_seed(demo: Path, out: Path, row_updates: list[str]) -> dict:
         *("--test_json_file", demo / "data" / "test.json"),
         *("--output_dir", out / "evaluation", "--precision", "fp32"),
     )
-    results = json.loads((out / "evaluation" / "results.json").read_text())
+    results = read_results(out / "evaluation" / "results.json")
     weights = {e.parent.name: pd.read_parquet(e / "instance_weights.parquet") for e in exports}
     return {
         "noise_auc": {n: noise_auc(demo / "data", w["weight"]) for n, w in weights.items()},
-        "correct": {name: r["selected_correct"]["mean"] for name, r in results["prms"].items()},
-        "images": results["question_images"],
+        "correct": {name: prm.correct["mean"] for name, prm in results.prms.items()},
+        "images": [question.images for question in results.questions],
     }
 
 

@@ -1,4 +1,4 @@
-"""`launch/evaluate.py` as a user starts it, with one process and with two."""
+"""`launch/evaluate.py` as a user starts it, on one rank and on two."""
 
 import json
 import os
@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from started_run import free_port
 
 from data_tools.demo_model import data_texts, make_tiny_model
+from dreamprm_dist.evaluation.results import Results, read_results
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,20 +21,25 @@ SCRIPT = ROOT / "launch" / "evaluate.py"
 
 
 def command(
-    prm: Path, test_file: Path, out: Path, *flags: str, processes: int = 1
+    prm: Path, test_file: Path, out: Path, *flags: str, launcher: str = "python"
 ) -> tuple[list[str], dict[str, str]]:
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    launcher += [f"--nproc_per_node={processes}"] if launcher else []
-    arguments = [sys.executable, *launcher, str(SCRIPT), "--model", *str(prm).split()]
+    """A start by a launcher, on two ranks but for `python`, and its environment."""
+    arguments = {
+        "python": [sys.executable],
+        "torchrun": ["torchrun", "--standalone", "--nproc_per_node=2"],
+        "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())],
+    }[launcher]
+    arguments += [str(SCRIPT), "--model", *str(prm).split()]
     arguments += ["--test_json_file", str(test_file), "--output_dir", str(out), *flags]
-    # The number of threads changes rounding; torchrun would choose 1 for two processes only.
-    # Without a visible GPU, --device auto must still see that there are two processes.
+    # The number of threads changes rounding; torchrun would choose 1 for two ranks only. Without a
+    # visible GPU, --device auto must still see that there are two ranks.
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return arguments, env
+    return arguments, env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
 
 
-def evaluate(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
-    line, env = command(*arguments, processes=processes)
+def evaluate(*arguments, launcher: str = "python") -> subprocess.CompletedProcess:
+    line, env = command(*arguments, launcher=launcher)
     return subprocess.run(line, capture_output=True, text=True, env=env, timeout=900)
 
 
@@ -69,15 +77,15 @@ def test_files(one_process: tuple[Path, str]) -> None:
     out, printed = one_process
     names = {path.name for path in out.iterdir()}
     assert names == {"config.yaml", "rejected.jsonl", "results.json", "scores.jsonl"}
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert (results["num_questions"], results["num_candidates"]) == (12, 48)
-    assert results["num_rejected"] == 4
-    assert list(results["accuracy"]["prm"]) == list(AGGREGATIONS)
-    assert results["headline"]["accuracy"] == results["accuracy"]["prm"]["mean"]
-    assert (
-        "12 questions, 48 candidates" in printed
-        and f"{results['table'][3]['prm']}, mean*" in printed
-    )
+    values = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert list(values) == ["format_version", *(field.name for field in fields(Results))]
+    results = read_results(out / "results.json")
+    assert (results.num_questions, results.num_candidates, results.num_rejected) == (12, 48, 4)
+    (label,) = results.prms
+    assert list(results.accuracies(label)) == list(AGGREGATIONS)
+    assert "12 questions, 48 candidates" in printed and f"{label}, mean*" in printed
+    assert printed.endswith(f"Results are in {out}\n")
+    assert "local_rank" not in (out / "config.yaml").read_text()
 
     rows = lines(out / "scores.jsonl")
     assert [row["candidate"] for row in rows] == [0, 1, 2, 3] * 12
@@ -87,7 +95,7 @@ def test_files(one_process: tuple[Path, str]) -> None:
         assert row["answer"] is not None
         assert row["aggregates"]["mean"] == pytest.approx(sum(row["step_scores"]) / 3)
     first = [row["true_false"] for row in rows if row["candidate"] == 0]
-    assert results["first_correct"] == first
+    assert [question.first for question in results.questions] == first
 
 
 def test_rejected_records_are_listed(one_process: tuple[Path, str]) -> None:
@@ -102,11 +110,19 @@ def test_rejected_records_are_listed(one_process: tuple[Path, str]) -> None:
         assert word in row["reason"]
 
 
-def test_two_processes_write_the_same_bytes(
-    one_process: tuple[Path, str], tiny_prm_dir: Path, test_file: Path, tmp_path: Path
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "deepspeed"])
+def test_two_ranks_write_the_same_bytes(
+    one_process: tuple[Path, str],
+    launcher: str,
+    tiny_prm_dir: Path,
+    test_file: Path,
+    tmp_path: Path,
 ) -> None:
-    done = evaluate(tiny_prm_dir, test_file, tmp_path, "--precision=fp32", processes=2)
+    if shutil.which(launcher, path=command(tiny_prm_dir, test_file, tmp_path)[1]["PATH"]) is None:
+        pytest.skip(f"{launcher} is not installed")
+    done = evaluate(tiny_prm_dir, test_file, tmp_path, "--precision=fp32", launcher=launcher)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Results are in") == 1
     for name in ("results.json", "scores.jsonl", "rejected.jsonl"):
         assert (tmp_path / name).read_bytes() == (one_process[0] / name).read_bytes(), name
     assert not list(tmp_path.glob("parts"))
@@ -158,23 +174,25 @@ def of_two(two_prms: str, test_file: Path, tmp_path_factory) -> tuple[Path, str]
 
 def test_one_table_of_two_prms(of_two: tuple[Path, str], one_process: tuple[Path, str]) -> None:
     out, printed = of_two
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    alone = json.loads((one_process[0] / "results.json").read_text(encoding="utf-8"))
-    assert results["prms"]["baseline"]["accuracy"] == alone["accuracy"]["prm"]
-    assert results["accuracy"] == alone["accuracy"]
-    assert results["prms"]["table"] != results["prms"]["baseline"]
-    methods = [row["method"] for row in results["table"]]
+    results = read_results(out / "results.json")
+    alone = read_results(one_process[0] / "results.json")
+    (label,) = alone.prms
+    assert results.prms["baseline"].correct == alone.prms[label].correct
+    assert results.accuracies("baseline") == alone.accuracies(label)
+    assert results.accuracies() == alone.accuracies()
+    assert results.prms["table"].correct != results.prms["baseline"].correct
+    methods = [row.method for row in results.table]
     assert methods[:4] == ["first", "random", "self_consistency", "baseline, mean"]
     assert methods[-1] == "oracle" and len(methods) == 4 + 2 * len(AGGREGATIONS)
-    for row in results["table"]:
-        low, high = row["interval_95"]
-        assert low <= row["accuracy"] <= high
-    (between,) = results["between"]
-    assert (between["prm"], between["over"]) == ("table", "baseline")
-    for label, name in results["aggregation"]["by_prm"].items():
-        accuracies = results["aggregation"]["meta_accuracy"][label]
-        assert accuracies[name] == max(accuracies.values())
-    assert results["aggregation"]["chosen_on"].endswith("meta.json")
+    for row in results.table:
+        low, high = row.interval_95
+        assert low <= row.accuracy <= high
+    (between,) = results.between
+    assert (between.prm, between.over) == ("table", "baseline")
+    for label, prm in results.prms.items():
+        accuracies = results.meta_accuracy[label]
+        assert accuracies[prm.aggregation] == max(accuracies.values())
+    assert results.chosen_on.endswith("meta.json")
     assert "table over baseline: " in printed and "meta.json" in printed
 
 
@@ -196,7 +214,7 @@ def test_a_stopped_evaluation_goes_on(
     scored = part.read_text().count("\n")
     other = evaluate(two_prms, test_file, tmp_path, *flags, "--max_patch_num=2")
     assert other.returncode == 2 and "with another max_patch_num" in other.stderr
-    done = evaluate(two_prms, test_file, tmp_path, *flags, processes=2)
+    done = evaluate(two_prms, test_file, tmp_path, *flags, launcher="torchrun")
     assert done.returncode == 0, done.stderr
     assert 3 <= scored < 2 * (12 + 2 + 8)  # it was not finished
     for name in ("results.json", "scores.jsonl", "rejected.jsonl"):

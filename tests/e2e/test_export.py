@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 
+from dreamprm_dist.evaluation.best_of_n import CandidateScores
+from dreamprm_dist.evaluation.compare import compare
+from dreamprm_dist.evaluation.results import Results, write_results
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +22,18 @@ def export(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900)
 
 
+def evaluation(scores: dict[str, list[float]]) -> Results:
+    """PRMs by what they give to the two candidates of a question, of which the second is right."""
+    prms = {
+        label: [
+            CandidateScores(0, "", i, "", [score], "AB"[i], i == 1) for i, score in enumerate(pair)
+        ]
+        for label, pair in scores.items()
+    }
+    results = compare(prms, dict.fromkeys(prms, "mean"))
+    return replace(results, test_json_file="test.json")
+
+
 def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -25,13 +41,10 @@ def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:
     settings = {"reward_model": "base", "train_json_file": "shards/train", "reweighter": "table"}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (run / "metrics.jsonl").write_text('{"iteration": 7, "lower_loss": 0.25}\n{"iterat')
-    accuracy = {"first": 0.25, "random": 0.3, "self_consistency": 0.4, "oracle": 0.9}
-    results = {"test_json_file": "test.json", "num_questions": 3}
+    # The first PRM is another one, which chooses the wrong candidate.
+    results = evaluation({"unweighted": [0.9, 0.1], "table": [0.1, 0.9]})
     models = {"unweighted": "runs/baseline/export", "table": str(run / "export")}
-    # `accuracy` is that of the first PRM, which is another one.
-    results |= {"accuracy": accuracy | {"prm": {"mean": 0.4}}, "models": models}
-    results["prms"] = {"unweighted": {"accuracy": {}}, "table": {"accuracy": {"mean": 0.5}}}
-    (run / "results.json").write_text(json.dumps(results))
+    write_results(run / "results.json", replace(results, models=models))
     original, back = tmp_path / "original", tmp_path / "back"
     fp32 = ("--precision", "fp32")
     flags = ("--layout", "original", "--results", run / "results.json")
@@ -52,7 +65,8 @@ def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:
         assert not [name for name in names if name.endswith((".bin", ".pt", ".py"))]
     card = (original / "README.md").read_text()
     lines = ("base_model: base", "| train_json_file | `shards/train` |", "| lower_loss | `0.25` |")
-    assert all(line in card for line in (*lines, "| PRM, mean | `50.0%` |", "| oracle | `90.0%` |"))
+    lines += ("| test file | `test.json` |", "| questions | `1` |", "| random | `50.0%` |")
+    assert all(line in card for line in (*lines, "| PRM, mean | `100.0%` |", "| first | `0.0%` |"))
 
 
 def test_bad_input(tiny_prm_dir: Path, tmp_path: Path) -> None:
@@ -60,13 +74,8 @@ def test_bad_input(tiny_prm_dir: Path, tmp_path: Path) -> None:
     flags = ("--model", tiny_prm_dir, "--output_dir")
     taken = export(*flags, tmp_path)
     wrong = export(*flags, tmp_path / "out", "--results", tmp_path / "results.json")
-    results = {
-        "models": {"a": "x/export"},
-        "accuracy": {},
-        "test_json_file": "",
-        "num_questions": 1,
-    }
-    (tmp_path / "other.json").write_text(json.dumps(results))
+    results = replace(evaluation({"a": [0.1, 0.9]}), models={"a": "x/export"})
+    write_results(tmp_path / "other.json", results)
     other = export(*flags, tmp_path / "out", "--results", tmp_path / "other.json")
     faults = {"already exists": taken, "no results.json": wrong, "evaluation of x/export": other}
     for says, done in faults.items():

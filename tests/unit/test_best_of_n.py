@@ -1,6 +1,7 @@
 """Best-of-N: selecting, judging, and the paired interval."""
 
 import math
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from dreamprm_dist.evaluation.best_of_n import (
     judge,
     select,
 )
+from dreamprm_dist.evaluation.compare import BASICS
+from dreamprm_dist.evaluation.results import QuestionOutcome
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
 scores_lists = st.lists(st.floats(0, 1), min_size=1, max_size=8)
@@ -32,9 +35,17 @@ def candidates(
     ]
 
 
+def accuracy(group: list[CandidateScores]) -> dict[str, float]:
+    """Accuracies of all methods and aggregations."""
+    judged = judge(group)
+    return judged.accuracies() | {
+        name: fmean(getattr(question, name) for question in judged.questions) for name in BASICS
+    }
+
+
 def votes(answers: list[str | None], right: list[bool]) -> float:
     group = candidates(0, [[0.5]] * len(answers), answers, right)
-    return judge(group)["accuracy"]["self_consistency"]
+    return accuracy(group)["self_consistency"]
 
 
 # --- select ----------------------------------------------------------------------------------
@@ -73,41 +84,41 @@ def test_judge_closed_form() -> None:
         # no right candidate
         *candidates(7, [[0.1], [0.2]], [None, None], [False, False], "art"),
     ]
-    results = judge(group, ["mean", "min", "last"])
-    assert results["num_questions"] == 3
-    assert results["num_candidates"] == 7
-    assert results["num_unparsed"] == 2
-    assert results["question_ids"] == ["q0", "q4", "q7"]
-    assert results["question_images"] == [[], [], []]
-    assert results["first_correct"] == [False, True, False]
-    assert results["selected_correct"] == {
+    judged = judge(group, ["mean", "min", "last"])
+    assert judged.questions[1] == QuestionOutcome(
+        id="q4",
+        images=[],
+        subject="art",
+        first=True,
+        random=1 / 3,
+        self_consistency=False,
+        oracle=True,
+    )
+    assert [question.id for question in judged.questions] == ["q0", "q4", "q7"]
+    assert [question.first for question in judged.questions] == [False, True, False]
+    assert judged.correct == {
         "mean": [True, True, False],
         "min": [False, True, False],
         "last": [True, True, False],
     }
-    accuracy = results["accuracy"]
-    assert accuracy["first"] == pytest.approx(1 / 3)
-    assert accuracy["random"] == pytest.approx((1 / 2 + 1 / 3) / 3)
-    assert accuracy["self_consistency"] == 0  # A before B; D has the majority; nobody votes
-    assert accuracy["oracle"] == pytest.approx(2 / 3)
-    assert accuracy["prm"] == pytest.approx({"mean": 2 / 3, "min": 1 / 3, "last": 2 / 3})
-    art = results["by_subject"]["art"]
-    assert list(results["by_subject"]) == ["art", "physics"]
-    assert (art["num_questions"], art["num_candidates"], art["num_unparsed"]) == (2, 5, 2)
-    assert art["accuracy"]["prm"]["mean"] == 0.5
+    assert judged.accuracies() == pytest.approx({"mean": 2 / 3, "min": 1 / 3, "last": 2 / 3})
+    found = accuracy(group)
+    assert found["first"] == pytest.approx(1 / 3)
+    assert found["random"] == pytest.approx((1 / 2 + 1 / 3) / 3)
+    assert found["self_consistency"] == 0  # A before B; D has the majority; nobody votes
+    assert found["oracle"] == pytest.approx(2 / 3)
 
 
 def test_judge_covers_every_aggregation_by_default() -> None:
-    results = judge(candidates(0, [[0.5]], ["A"], [True]))
-    assert list(results["accuracy"]["prm"]) == list(AGGREGATIONS)
-    assert "by_subject" not in results
+    judged = judge(candidates(0, [[0.5]], ["A"], [True]))
+    assert list(judged.correct) == list(AGGREGATIONS)
 
 
 def test_judge_gives_ties_to_the_first() -> None:
     group = candidates(0, [[0.5, 0.7], [0.5, 0.7]], ["A", "B"], [True, False])
-    assert set(judge(group)["accuracy"]["prm"].values()) == {1.0}
+    assert set(judge(group).accuracies().values()) == {1.0}
     group = candidates(0, [[0.5, 0.7], [0.5, 0.7]], ["A", "B"], [False, True])
-    assert set(judge(group)["accuracy"]["prm"].values()) == {0.0}
+    assert set(judge(group).accuracies().values()) == {0.0}
 
 
 def test_judge_refuses_nan_unknown_names_and_nothing() -> None:
@@ -120,7 +131,7 @@ def test_judge_refuses_nan_unknown_names_and_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "right", "accuracy"),
+    ("answers", "right", "expected"),
     [
         (["A", "B", "B"], [False, True, True], 1),
         (["A", "A", "B"], [False, False, True], 0),
@@ -132,8 +143,8 @@ def test_judge_refuses_nan_unknown_names_and_nothing() -> None:
         (["A", "A"], [False, True], 0),
     ],
 )
-def test_self_consistency(answers: list, right: list[bool], accuracy: float) -> None:
-    assert votes(answers, right) == accuracy
+def test_self_consistency(answers: list, right: list[bool], expected: float) -> None:
+    assert votes(answers, right) == expected
 
 
 @given(
@@ -146,14 +157,14 @@ def test_self_consistency(answers: list, right: list[bool], accuracy: float) -> 
 )
 def test_no_choice_beats_the_oracle_and_random_ignores_order(rows: list, random) -> None:
     answers, right, scores = (list(column) for column in zip(*rows, strict=True))
-    accuracy = judge(candidates(0, scores, answers, right))["accuracy"]
-    others = [accuracy["first"], accuracy["self_consistency"], *accuracy["prm"].values()]
-    assert max(others) <= accuracy["oracle"]
+    found = accuracy(candidates(0, scores, answers, right))
+    others = [value for name, value in found.items() if name != "random"]
+    assert max(others) <= found["oracle"]
     random.shuffle(rows)
     answers, right, scores = (list(column) for column in zip(*rows, strict=True))
-    shuffled = judge(candidates(0, scores, answers, right))["accuracy"]
-    assert shuffled["random"] == accuracy["random"]
-    assert shuffled["oracle"] == accuracy["oracle"]
+    shuffled = accuracy(candidates(0, scores, answers, right))
+    assert shuffled["random"] == found["random"]
+    assert shuffled["oracle"] == found["oracle"]
 
 
 def test_aggregate_candidates() -> None:

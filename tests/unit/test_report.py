@@ -16,6 +16,7 @@ import yaml
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.evaluation.best_of_n import CandidateScores
 from dreamprm_dist.evaluation.compare import compare
+from dreamprm_dist.evaluation.results import read_results, write_results
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 from dreamprm_dist.report.runs import MOST_POINTS, Run
@@ -217,8 +218,8 @@ def test_several_seeds(folder: Path):
     ]
     shutil.rmtree(folder / "instance_table")
     interval = {"mean": 0.09, "low": 0.04, "high": 0.14}
-    pooled = {"baseline_minus_first": interval}
-    write_summary(folder, seeds=seeds, accuracy=ACCURACY, differences={}, pooled=pooled)
+    differences = {"baseline_minus_first": interval}
+    write_summary(folder, seeds=seeds, accuracy=ACCURACY, differences=differences)
     page = write_demo_report(folder).read_text()
     rows = Outline(page).rows
     assert ["Instance table", "58.8%", "58.8%", "58.8%"] in rows
@@ -330,9 +331,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
         for label in ("baseline", "my_table")
     }
     results = compare(prms, {"baseline": "mean", "my_table": "mean"})
-    results |= {"aggregation": {"by_prm": {"baseline": "mean", "my_table": "mean"}}}
-    results |= {"num_questions": 20, "accuracy": results["judged"]["baseline"]["accuracy"]}
-    (root / "results.json").write_text(json.dumps(results))
+    write_results(root / "results.json", results)
     return [root / "baseline", root / "my_table"]
 
 
@@ -348,10 +347,9 @@ def test_page_of_runs(runs: list[Path], tiny_shards: Path, tmp_path: Path):
     assert len(sources) == 8 and all(s.startswith("data:image/png;base64,") for s in sources)
     # Intervals, accuracy against N, losses (3), weights (2), seconds.
     assert page.count('role="img"') == 8
-    table = json.loads(results.read_text())["table"]
-    row = next(r for r in table if r["method"] == "my_table, min")
+    accuracy = read_results(results).accuracies("my_table")["min"]
     cells = next(cells for cells in outline.rows if cells[0] == "My table, min")
-    assert cells[1] == f"{row['accuracy']:.1%}"
+    assert cells[1] == f"{accuracy:.1%}"
     expected = effective_sample_size(np.linspace(0, 2, 64))
     assert ["My table", "100", "–", "0.050", "–", "–", "64", f"{expected:.0f}"] in outline.rows
 

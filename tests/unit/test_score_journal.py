@@ -3,23 +3,36 @@
 from pathlib import Path
 
 import pytest
-from accelerate import PartialState
 
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 BEFORE = {"model a": ["a", 1], "precision": "fp32"}
+QUESTIONS = [(("a", i), i) for i in range(4)]
+
+
+def started(folder: Path, settings: dict) -> ScoreJournal:
+    journal = ScoreJournal(folder, settings)
+    journal.start()
+    return journal
+
+
+def score(question: int) -> dict:
+    if question == 1:
+        raise RecordError("it has no step")
+    return {"scores": [[question / 4]]}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A scored question of PRM `a`, and half a line."""
-    parts = ScoreJournal(tmp_path / "parts", BEFORE)
-    assert parts.start(PartialState(cpu=True)) == {}
-    parts.write(("a", 0), {"scores": [[0.5]]})
-    parts.close()
-    with (parts.folder / "rank0.jsonl").open("a") as file:
-        file.write('{"key": ["a", 1')
-    return parts.folder
+def folder(tmp_path: Path, one_rank: None) -> Path:
+    """Two scored questions of PRM `a`, and half a line."""
+    journal = started(tmp_path / "parts", BEFORE)
+    assert list(journal.mine(QUESTIONS)) == QUESTIONS
+    journal.score("a", QUESTIONS[:2], score)
+    with (journal.folder / "rank0.jsonl").open("a") as file:
+        file.write('{"key": ["a", 2')
+    return journal.folder
 
 
 @pytest.mark.parametrize(
@@ -28,18 +41,37 @@ def folder(tmp_path: Path) -> Path:
     ids=["the same", "one PRM more", "another PRM"],
 )
 def test_another_prm_costs_no_score(folder: Path, settings: dict) -> None:
-    parts = ScoreJournal(folder, settings)
-    assert parts.start(PartialState(cpu=True)) == {("a", 0): {"scores": [[0.5]]}}
-    parts.close()
-    with pytest.raises(ValueError, match="with another model a;"):
+    journal = started(folder, settings)
+    assert list(journal.mine(QUESTIONS)) == QUESTIONS[2:]
+    with pytest.raises(InputError, match="with another model a;"):
         ScoreJournal(folder, settings | {"model a": ["a", 3]})
 
 
 def test_other_settings_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="with another model a and precision;"):
+    with pytest.raises(InputError, match="with another model a and precision;"):
         ScoreJournal(folder, {"model a": ["a", 3], "precision": "bf16"})
 
 
 def test_parts_without_a_score_refuse_nothing(folder: Path) -> None:
     (folder / "rank0.jsonl").unlink()
-    assert ScoreJournal(folder, {"precision": "bf16"}).start(PartialState(cpu=True)) == {}
+    assert list(started(folder, {"precision": "bf16"}).mine(QUESTIONS)) == QUESTIONS
+
+
+def test_the_folder_goes_when_all_is_written(folder: Path) -> None:
+    journal = started(folder, BEFORE)
+    journal.score("a", journal.mine(QUESTIONS), score)
+    rows = {key: {"scores": [[i / 4]]} for key, i in QUESTIONS} | {
+        ("a", 1): {"error": "it has no step"}
+    }
+
+    def fail(scored: dict) -> str:
+        assert scored == rows
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        journal.finish(fail)
+    assert folder.is_dir()
+    journal = started(folder, BEFORE)
+    assert list(journal.mine(QUESTIONS)) == []
+    assert journal.finish(lambda scored: f"{len(scored)} rows") == "4 rows"
+    assert not folder.exists()

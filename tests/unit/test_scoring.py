@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dreamprm_dist.errors import RecordError
-from dreamprm_dist.evaluation.scoring import score_solutions
+from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.losses import step_scores
 from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
 from dreamprm_dist.prm.chat import label_token_ids
@@ -57,7 +57,7 @@ WIDE, SMALL = picture(0, 96, 32), picture(1, 32, 32)
 
 
 def score(prm: PRM, tokenizer, images=(WIDE,), solutions=SOLUTIONS, question=QUESTION, **options):
-    return score_solutions(prm, tokenizer, question, solutions, images, max_tiles=4, **options)
+    return Scorer(prm, tokenizer, 4, **options).score_solutions(question, solutions, images)
 
 
 @torch.no_grad()
@@ -127,6 +127,17 @@ def test_order_and_repeated_solutions_change_nothing(prm, tokenizer, order, repe
     assert score(prm, tokenizer, solutions=[SOLUTIONS[i] for i in indices]) == [
         base[i] for i in indices
     ]
+
+
+@pytest.mark.parametrize("label", ["+", "-"])
+def test_labels_of_the_data_are_not_looked_at(prm, tokenizer, label: str) -> None:
+    """The PRM scores a step behind neutral labels, whatever the data says of the steps before."""
+    given = steps_conversation(QUESTION, SOLUTIONS[3])
+    labelled = [turn | {"value": label} if turn["from"] == "gpt" else turn for turn in given]
+    scorer = Scorer(prm, tokenizer, 4)
+    assert scorer.score_conversations([labelled], [WIDE]) == scorer.score_conversations(
+        [given], [WIDE]
+    )
 
 
 def test_it_leaves_evaluation_mode(prm, tokenizer) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dreamprm_dist.data.schema import QUESTION_PREFIX
 from dreamprm_dist.prm.solutions import (
-    QUESTION_PREFIX,
     SYSTEM_PROMPT,
     extract_answer,
     split_steps,

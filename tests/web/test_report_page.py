@@ -11,6 +11,7 @@ from browser import NEEDS_BROWSER, framed, probed, visit
 
 from dreamprm_dist.evaluation.best_of_n import CandidateScores
 from dreamprm_dist.evaluation.compare import compare
+from dreamprm_dist.evaluation.results import write_results
 from dreamprm_dist.report.overview import write_run_report
 
 pytestmark = NEEDS_BROWSER
@@ -47,9 +48,7 @@ def page(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         for label in by_prm
     }
-    results = compare(prms, by_prm) | {"aggregation": {"by_prm": by_prm}, "num_questions": 20}
-    results["accuracy"] = results["judged"]["baseline"]["accuracy"]
-    (root / "results.json").write_text(json.dumps(results))
+    write_results(root / "results.json", compare(prms, by_prm))
     folders = [root / name for name in by_prm]
     return write_run_report(folders, root / "report.html", root / "results.json")
 

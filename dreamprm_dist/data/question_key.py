@@ -1,0 +1,39 @@
+"""One definition of a question, for sharding and evaluation: which solutions belong together."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from dreamprm_dist.data.images import image_bytes
+from dreamprm_dist.data.schema import SOLUTION_MARK, TrainingRecord
+
+NO_ID = ("", "-1")  # VisualPRM writes -1
+
+
+def question_key(record: TrainingRecord, image_root: Path) -> str:
+    """A text that records have in common when they are solutions of one question.
+
+    The id where there is one; else SHA-256 of the question's text and of its image files' bytes,
+    as they are on disk and wherever they lie there.
+
+    Args:
+        image_root: where the record's image paths start.
+
+    Raises:
+        RecordError: an image file that counts cannot be read.
+    """
+    if record.source_id not in NO_ID:
+        return f"id {record.source_id}"
+    first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
+    digest = hashlib.sha256(first.partition(SOLUTION_MARK)[0].strip().encode("utf-8"))
+    for image_digest in image_digests(record, image_root):
+        digest.update(image_digest)
+    return digest.hexdigest()
+
+
+def image_digests(record: TrainingRecord, image_root: Path) -> list[bytes]:
+    """SHA-256 of each image file of a record; RecordError where one cannot be read."""
+    return [
+        hashlib.sha256(image_bytes(image_root / image, image)).digest() for image in record.images
+    ]

@@ -1,0 +1,227 @@
+"""An evaluation from its files to its results: PRMs choose among candidate solutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from dreamprm_dist.data.images import read_image
+from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.evaluation.best_of_n import CandidateScores, aggregate_candidates, judge
+from dreamprm_dist.evaluation.compare import BASICS, compare
+from dreamprm_dist.evaluation.questions import (
+    Question,
+    Rejected,
+    read_meta_questions,
+    read_test_questions,
+)
+from dreamprm_dist.evaluation.results import write_results
+from dreamprm_dist.evaluation.score_journal import ScoreJournal
+from dreamprm_dist.evaluation.scoring import Scorer
+from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.evaluation.table import text_table
+from dreamprm_dist.files import json_line, write_whole
+from dreamprm_dist.flags import flag
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
+from dreamprm_dist.prm.model import load_tokenizer
+
+ON_META = "meta"
+
+
+@dataclass
+class EvaluateConfig(ScoringConfig):
+    """Everything `launch/evaluate.py` is told."""
+
+    model: list[str] = field(
+        default_factory=lambda: ["./weights/export"],
+        metadata={"help": "PRMs: local folders or hub names, or label=folder."},
+    )
+    test_json_file: str = flag("./data/test.json", "Questions with candidates, JSON or JSONL.")
+    output_dir: str = flag("./evaluation", "Folder for the results; made when it is not there.")
+    image_root: str | None = flag(
+        None, "Folder that image paths start at (default: the file's own folder)."
+    )
+    aggregation_function: str = flag(
+        "mean",
+        f"Aggregation that stands for a PRM: {', '.join(AGGREGATIONS)}, or meta: the best of "
+        "them on meta_json_file.",
+    )
+    meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
+    seed: int = flag(0, "Seed of the bootstrap.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aggregation_function not in (*AGGREGATIONS, ON_META):
+            raise InputError(
+                f"unknown aggregation_function {self.aggregation_function!r}; choose from "
+                f"{', '.join(AGGREGATIONS)}, or {ON_META} with --meta_json_file"
+            )
+        if (self.aggregation_function == ON_META) != (self.meta_json_file is not None):
+            raise InputError("--aggregation_function meta and --meta_json_file go together")
+
+
+class Key(NamedTuple):
+    """A question that a PRM scores: the PRM's label, `test` or `meta`, the question's index."""
+
+    prm: str
+    set: str
+    question: int
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Score, compare and write the files that `launch/evaluate.py` names; by all ranks.
+
+    Returns:
+        The outcome as text on rank 0; nothing ("") elsewhere.
+
+    Raises:
+        InputError: a flag, a file or a model cannot be used, or no question was scored.
+    """
+    models, out = labelled(config.model), Path(config.output_dir)
+    test = list(read_test_questions(config.test_json_file))
+    meta = []
+    if config.meta_json_file:
+        meta = read_meta_questions(config.meta_json_file, _root(config, config.meta_json_file))
+    out.mkdir(parents=True, exist_ok=True)
+    with config.joined() as device:
+        # All before the first is scored with: a mistaken one is better found now than hours later.
+        for model in models.values():
+            load_tokenizer(model)
+        files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
+        settings = config.settings(models, files, device) | {"image_root": config.image_root}
+        journal = ScoreJournal(out / "parts", settings)
+        journal.start()
+        for label, model in models.items():
+            questions = (
+                (Key(label, name, index), question)
+                for name, records in (("test", test), ("meta", meta))
+                for index, question in enumerate(records)
+                if isinstance(question, Question)
+            )
+            if mine := list(journal.mine(questions)):
+                # Nothing here holds the PRM, so that two are never in memory.
+                journal.score(
+                    label, mine, partial(_score, config, model, config.load(Scorer, model, device))
+                )
+        return journal.finish(partial(_write, config, models, test, meta))
+
+
+def labelled(specifications: Sequence[str]) -> dict[str, str]:
+    """Label -> model; a run's `export` folder is called as its run.
+
+    Raises:
+        InputError: two models have one label, or a label has another meaning in the table.
+    """
+    models: dict[str, str] = {}
+    for text in specifications:
+        label, equals, model = text.partition("=")
+        if not equals or Path(text).exists():
+            label, model = prm_name(text), text
+        if not label or label in models or label in BASICS:
+            raise InputError(f"model {text}: the label {label!r} is taken; give it as label=folder")
+        models[label] = model
+    return models
+
+
+def _root(config: EvaluateConfig, file: str) -> Path:
+    return Path(config.image_root or Path(file).parent)
+
+
+def _score(config: EvaluateConfig, model: str, scorer: Scorer, question: Question) -> dict:
+    root = _root(config, question.file)
+    try:
+        images = [read_image(root / path, path)[0] for path in question.images]
+        return {"scores": scorer.score_conversations(question.conversations, images)}
+    except RecordError:
+        raise
+    except InputError as error:
+        raise InputError(f"{model}: {question.file}, record {question.line}: {error}") from error
+
+
+def _write(
+    config: EvaluateConfig,
+    models: dict[str, str],
+    test: Sequence[Question | Rejected],
+    meta: Sequence[Question],
+    scored: Mapping[tuple, dict],
+) -> str:
+    """Judge all scores, in the order of the questions, and write the files."""
+    out = Path(config.output_dir)
+    questions: dict[int, Question] = {}
+    rejected: list[Rejected] = []
+    for index, question in enumerate(test):
+        if isinstance(question, Question):
+            # One that a single PRM cannot take is left out for all: the comparison is paired.
+            errors = (scored[Key(label, "test", index)].get("error") for label in models)
+            if not (reason := next(filter(None, errors), None)):
+                questions[index] = question
+                continue
+            question = Rejected(question.line, question.id, reason)
+        rejected.append(question)
+    write_whole(out / "rejected.jsonl", "".join(json_line(r._asdict()) for r in rejected))
+    if not questions:
+        why = "all {} records were rejected, the first at line {}: {}"
+        raise InputError(
+            f"{config.test_json_file}: no question was scored; "
+            + (why.format(len(rejected), rejected[0].line, rejected[0].reason)
+               if rejected else "it has no record")
+        )  # fmt: skip
+    prms = {label: _candidates(questions, scored, label, "test") for label in models}
+    on_meta = {label: _accuracies_on_meta(meta, scored, label) for label in models if meta}
+    chosen = {label: max(found, key=found.__getitem__) for label, found in on_meta.items()}
+    results = replace(
+        compare(prms, chosen or dict.fromkeys(models, config.aggregation_function), config.seed),
+        models=models,
+        test_json_file=config.test_json_file,
+        chosen_on=config.meta_json_file or "nothing: set by --aggregation_function",
+        meta_accuracy=on_meta,
+        num_rejected=len(rejected),
+    )
+    write_whole(out / "scores.jsonl", "".join(_score_lines(prms)))
+    write_results(out / "results.json", results)
+    flags = {name: value for name, value in vars(config).items() if name != "local_rank"}
+    write_whole(out / "config.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
+    return f"{text_table(results)}\nResults are in {out}\n"
+
+
+def _accuracies_on_meta(
+    meta: Sequence[Question], scored: Mapping[tuple, dict], label: str
+) -> dict[str, float]:
+    for index, question in enumerate(meta):
+        if reason := scored[Key(label, "meta", index)].get("error"):
+            where = f"{question.file}, record {question.line}"
+            raise InputError(f"{where}: {label} cannot score its question: {reason}")
+    return judge(_candidates(dict(enumerate(meta)), scored, label, "meta")).accuracies()
+
+
+def _candidates(
+    questions: Mapping[int, Question], scored: Mapping[tuple, dict], label: str, name: str
+) -> list[CandidateScores]:
+    return [
+        CandidateScores(
+            question=index,
+            question_id=question.id,
+            candidate=candidate,
+            subject=question.subject,
+            step_scores=scores,
+            answer=question.answers[candidate],
+            true_false=question.true_false[candidate],
+            images=question.images,
+            step_labels=question.step_labels[candidate] if question.step_labels else None,
+        )
+        for index, question in questions.items()
+        for candidate, scores in enumerate(scored[Key(label, name, index)]["scores"])
+    ]
+
+
+def _score_lines(prms: Mapping[str, list[CandidateScores]]) -> Iterator[str]:
+    for label, candidates in prms.items():
+        for candidate in candidates:
+            totals = aggregate_candidates([candidate.step_scores])
+            aggregates = {name: values[0] for name, values in totals.items()}
+            yield json_line({"prm": label} | asdict(candidate) | {"aggregates": aggregates})

@@ -1,0 +1,89 @@
+"""Solutions of a file, scored into JSONL: one line for each record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dreamprm_dist.data.images import read_image
+from dreamprm_dist.data.schema import parse_scoring_record, read_json_records
+from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.evaluation.score_journal import ScoreJournal
+from dreamprm_dist.evaluation.scoring import Scorer
+from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.files import json_line, whole_file
+from dreamprm_dist.flags import flag
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
+
+
+@dataclass
+class ScoreConfig(ScoringConfig):
+    """Everything `launch/score.py` is told."""
+
+    model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
+    input: str = flag("./data/solutions.jsonl", "Questions with solutions, JSON or JSONL.")
+    output: str = flag("./scores.jsonl", "JSONL file to write; an existing one is replaced.")
+    image_root: str | None = flag(
+        None, "Folder that image paths start at (default: the input file's own folder)."
+    )
+    aggregation_function: str = flag(
+        "mean", f"How step scores become a candidate's score: {', '.join(AGGREGATIONS)}."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aggregation_function not in AGGREGATIONS:
+            raise InputError(
+                f"unknown aggregation_function {self.aggregation_function!r}; choose from "
+                f"{', '.join(AGGREGATIONS)}"
+            )
+
+
+def score_file(config: ScoreConfig) -> str:
+    """Score all records of a file, by all ranks; see `launch/score.py` for the two formats.
+
+    Returns:
+        What was done, on rank 0; nothing ("") elsewhere.
+
+    Raises:
+        InputError: a flag or the model cannot be used, or a score is not a number.
+    """
+    records = read_json_records(config.input)
+    output, name = Path(config.output), prm_name(config.model)
+    with config.joined() as device:
+        # First, so that a mistaken model leaves nothing on disk.
+        scorer = config.load(Scorer, config.model, device)
+        settings = config.settings({name: config.model}, {"input": config.input}, device)
+        settings |= {
+            "image_root": config.image_root,
+            "aggregation_function": config.aggregation_function,
+        }
+        journal = ScoreJournal(output.with_name(output.name + ".parts"), settings)
+        journal.start()
+        mine = journal.mine(((line,), record) for line, record in records)
+        journal.score(name, mine, partial(_score, config, scorer))
+        return journal.finish(partial(_write, config, output))
+
+
+def _score(config: ScoreConfig, scorer: Scorer, record: dict | RecordError) -> dict:
+    if isinstance(record, RecordError):
+        raise record
+    question, paths, solutions = parse_scoring_record(record)
+    root = Path(config.image_root or Path(config.input).parent)
+    images = [read_image(root / path, str(root / path))[0] for path in paths]
+    result = scorer.choose(question, solutions, images, config.aggregation_function)
+    if "steps" in record:
+        return {"step_scores": result.step_scores[0]}
+    return {"step_scores": result.step_scores, "scores": result.scores, "best": result.index}
+
+
+def _write(config: ScoreConfig, output: Path, scored: Mapping[tuple, dict]) -> str:
+    """Write a line for each record, in the order of the records."""
+    with whole_file(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for line, record in read_json_records(config.input):
+            source_id = record.get("id") if isinstance(record, dict) else None
+            file.write(json_line({"line": line, "id": source_id} | scored[(line,)]))
+    failed = sum("error" in row for row in scored.values())
+    return f"{len(scored)} lines, {failed} of them not scored; {output}\n"
