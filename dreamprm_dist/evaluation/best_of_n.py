@@ -192,7 +192,7 @@ def bootstrap_intervals(
     """
     if len(values) != len(clusters) or not len(values):
         raise InputError(
-            f"{len(values)} differences and {len(clusters)} clusters; give one cluster per difference"
+            f"{len(values)} differences and {len(clusters)} clusters; give each difference one"
         )
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     sums, sizes = np.zeros((len(index), values.shape[1])), np.zeros(len(index))
