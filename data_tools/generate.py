@@ -63,7 +63,7 @@ class Sampling:
     max_tokens: int
 
 
-class Wanted(NamedTuple):
+class CandidateRequest(NamedTuple):
     """Sample number ``sample`` of the question at a line of its file."""
 
     line: int
@@ -72,14 +72,19 @@ class Wanted(NamedTuple):
     question: str
     images: tuple[str, ...]
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What the journal knows its answer by."""
+        return self.id, self.sample
 
-def read_wanted(questions: Path, n: int) -> tuple[list[Wanted], list[tuple]]:
-    """The candidates to ask for, n a question, and (line, record, reason) of what is no question.
+
+def candidate_requests(questions: Path, n: int) -> tuple[list[CandidateRequest], list[tuple]]:
+    """The requests, n per question, and (line, record, reason) of each record that is no question.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    wanted: list[Wanted] = []
+    requests: list[CandidateRequest] = []
     rejected: list[tuple] = []
     seen: set[str] = set()
     for line, raw in read_json_records(questions):
@@ -94,11 +99,14 @@ def read_wanted(questions: Path, n: int) -> tuple[list[Wanted], list[tuple]]:
             continue
         seen.add(record.id)
         images = tuple(record.images)
-        wanted += [Wanted(line, record.id, i, record.question, images) for i in range(n)]
-    return wanted, rejected
+        requests += [
+            CandidateRequest(line, record.id, sample, record.question, images)
+            for sample in range(n)
+        ]
+    return requests, rejected
 
 
-class Asking:
+class CandidateRequests:
     """The requests of one run, some of them at a time.
 
     Attributes:
@@ -111,24 +119,24 @@ class Asking:
     ) -> None:
         self.client, self.sampling, self.journal = client, sampling, journal
         self.image_root = image_root
-        self.rejected: list[tuple[Wanted, str]] = []
-        self.failed: list[tuple[Wanted, str]] = []
+        self.rejected: list[tuple[CandidateRequest, str]] = []
+        self.failed: list[tuple[CandidateRequest, str]] = []
         self._failures_in_a_row = 0
 
-    async def ask_all(self, wanted: list[Wanted], concurrency: int) -> None:
+    async def ask_all(self, requests: list[CandidateRequest], concurrency: int) -> None:
         """Ask for what the journal lacks.
 
         Raises:
             InputError: the server is down, or refuses whatever it is asked.
         """
-        missing = [want for want in wanted if (want.id, want.sample) not in self.journal.rows]
+        missing = [request for request in requests if request.key not in self.journal.rows]
         todo = iter(missing)
-        done = len(wanted) - len(missing)
-        bar = tqdm(total=len(wanted), initial=done, unit="candidate", disable=None)
+        done = len(requests) - len(missing)
+        bar = tqdm(total=len(requests), initial=done, unit="candidate", disable=None)
 
         async def work() -> None:
-            for want in todo:
-                await self._ask(want)
+            for request in todo:
+                await self._ask(request)
                 bar.update()
 
         with bar:
@@ -140,11 +148,11 @@ class Asking:
                     for task in tasks:
                         task.cancel()
 
-    async def _ask(self, want: Wanted) -> None:
+    async def _ask(self, request: CandidateRequest) -> None:
         try:
-            answer = await self._answer(want)
+            answer = await self._answer(request)
         except RecordError as error:
-            self.rejected.append((want, str(error)))
+            self.rejected.append((request, str(error)))
         except _HOPELESS_SERVER as error:
             raise InputError(
                 f"the server refuses ({_shown(error)}); check --model, --base_url and "
@@ -153,9 +161,9 @@ class Asking:
         except (OpenAIError, ValueError) as error:
             status = error.status_code if isinstance(error, APIStatusError) else None
             if status in _HOPELESS_REQUEST:
-                self.rejected.append((want, _shown(error)))
+                self.rejected.append((request, _shown(error)))
                 return
-            self.failed.append((want, _shown(error)))
+            self.failed.append((request, _shown(error)))
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:
                 raise InputError(
@@ -164,16 +172,15 @@ class Asking:
                 ) from None
         else:
             self._failures_in_a_row = 0
-            self.journal.add(
-                {"id": want.id, "sample": want.sample, **answer, **asdict(self.sampling)}
-            )
+            made = {"id": request.id, "sample": request.sample}
+            self.journal.add(made | answer | asdict(self.sampling))
 
-    async def _answer(self, want: Wanted) -> dict:
+    async def _answer(self, request: CandidateRequest) -> dict:
         parts = [
             {"type": "image_url", "image_url": {"url": _data_url(self.image_root / path, path)}}
-            for path in want.images
+            for path in request.images
         ]
-        text = {"type": "text", "text": PROMPT + want.question}
+        text = {"type": "text", "text": PROMPT + request.question}
         response = await self.client.chat.completions.create(
             messages=[{"role": "user", "content": [*parts, text]}], **asdict(self.sampling)
         )
@@ -239,8 +246,8 @@ def generate_file(
             raise InputError(f"{name} must be 1 or more, not {value}.")
     root = questions.parent if image_root is None else image_root
     writer = RecordWriter(out, overwrite)
-    wanted, no_questions = read_wanted(questions, n)
-    keys = {(want.id, want.sample) for want in wanted}
+    requests, no_questions = candidate_requests(questions, n)
+    keys = {request.key for request in requests}
     with Journal(out.with_name(f"{out.name}.partial"), keys, asdict(sampling)) as journal:
         client = AsyncOpenAI(
             base_url=base_url,
@@ -248,23 +255,23 @@ def generate_file(
             timeout=timeout,
             max_retries=retries,
         )
-        asking = Asking(client, sampling, root, journal)
-        asyncio.run(asking.ask_all(wanted, concurrency))
-        if asking.failed and not allow_missing:
+        asked = CandidateRequests(client, sampling, root, journal)
+        asyncio.run(asked.ask_all(requests, concurrency))
+        if asked.failed and not allow_missing:
             raise InputError(
-                f"{len(asking.failed)} of {len(wanted)} candidates did not come, the first "
-                f"because: {asking.failed[0][1]}. The others are kept: run again, or with "
+                f"{len(asked.failed)} of {len(requests)} candidates did not come, the first "
+                f"because: {asked.failed[0][1]}. The others are kept: run again, or with "
                 "--allow_missing."
             )
         with writer:
             for line, record, reason in no_questions:
                 writer.reject(questions, line, record, reason)
-            for want in wanted:
-                if (want.id, want.sample) in journal.rows:
-                    writer.write(journal.rows[want.id, want.sample])
-            for want, reason in sorted(asking.rejected + asking.failed):
-                reason = f"candidate {want.sample}: {reason}"
-                writer.reject(questions, want.line, {"id": want.id}, reason)
+            for request in requests:
+                if request.key in journal.rows:
+                    writer.write(journal.rows[request.key])
+            for request, reason in sorted(asked.rejected + asked.failed):
+                reason = f"candidate {request.sample}: {reason}"
+                writer.reject(questions, request.line, {"id": request.id}, reason)
         journal.path.unlink()
     return writer
 
