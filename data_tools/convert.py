@@ -11,22 +11,27 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_tools.mmmu import join_candidates, write_questions
-from data_tools.record_files import RecordWriter, image_prefix, with_prefix
+from data_tools.record_files import (
+    RecordWriter,
+    add_output,
+    image_prefix,
+    read_with_progress,
+    with_prefix,
+)
 from dreamprm_dist.data.schema import (
     MetaRecord,
+    Turn,
     parse_meta_record,
     parse_training_record,
-    read_json_records,
+    require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
-from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import QUESTION_PREFIX, SOLUTION_MARK, SYSTEM_PROMPT, step_turns
 
 
 def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:
@@ -46,18 +51,18 @@ def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool 
         raise RecordError("'question' must be a text.")
     if not isinstance(steps, list) or not steps:
         raise RecordError("'steps_with_score' must be a non-empty list.")
-    turns: list[dict] = [{"from": "system", "value": SYSTEM_PROMPT}]
+    texts, labels = [], []
     for i, step in enumerate(steps):
         text = step.get("step") if isinstance(step, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise RecordError(f"steps_with_score[{i}] has no text in 'step'.")
-        label = _label(step, i, threshold)
-        if i == 0:
-            text = f"{QUESTION_PREFIX}{question}\n\n{SOLUTION_MARK}\n{text}"
-        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": label}]
-        if stop_at_first_minus and label == "-":
+        texts.append(text)
+        labels.append(_label(step, i, threshold))
+        if stop_at_first_minus and labels[-1] == "-":
             break
-    return checked_training({**record, "conversations": turns})
+    texts[0] = f"{QUESTION_PREFIX}{question}\n\n{SOLUTION_MARK}\n{texts[0]}"
+    system: Turn = {"from": "system", "value": SYSTEM_PROMPT}
+    return checked_training({**record, "conversations": [system, *step_turns(texts, labels)]})
 
 
 def _label(step: dict, index: int, threshold: float) -> str | None:
@@ -124,17 +129,16 @@ def convert_files(
         for path in inputs:
             root = path.parent if image_root is None else image_root
             prefix = image_prefix(root, out)
-            for line, record in _progress(read_json_records(path), path):
+            for line, raw in read_with_progress(path):
                 try:
-                    if isinstance(record, RecordError):
-                        raise record
+                    record = require_object(raw)
                     if name_dataset and not record.get("dataset"):
                         record["dataset"] = path.stem
                     converted = convert(record)
                     if check_images:
                         _require_images(converted, root)
                 except RecordError as error:
-                    writer.reject(path, line, record, str(error))
+                    writer.reject(path, line, raw, str(error))
                 else:
                     writer.write(with_prefix(converted, prefix))
     return writer
@@ -147,19 +151,14 @@ def _require_images(record: dict, root: Path) -> None:
             raise RecordError(f"image {path!r}: not in {root}; correct the path or --image_root.")
 
 
-def _progress(records: Iterable, path: Path) -> Iterator:
-    return tqdm(records, desc=path.name, unit="rec", disable=None)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.convert",
         description="Turn downloaded data files into records, as JSONL. What is not taken is "
         "listed in <out>.rejected.jsonl with file, line, id and reason.",
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
-    common.add_argument("--overwrite", action="store_true", help="replace what is there")
+    output = argparse.ArgumentParser(add_help=False)
+    add_output(output)
     images = argparse.ArgumentParser(add_help=False)
     images.add_argument("inputs", type=Path, nargs="+", help="JSONL files or JSON lists")
     images.add_argument(
@@ -175,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=what, description=what, parents=[*parents, common])
+        return commands.add_parser(name, help=what, description=what, parents=[*parents, output])
 
     raw = command("raw", "raw VisualPRM400K, a file a data set, to training records", images)
     raw.add_argument("--threshold", type=float, default=0.0, help="+ above this score (default: 0)")
@@ -233,11 +232,8 @@ def main(argv: list[str] | None = None) -> None:
             not args.no_image_check,
             args.overwrite,
         )
-    print(
-        f"{args.out}: {writer.num_written} records, {writer.num_rejected} rejected"
-        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
-        + (f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else "")
-    )
+    unparsed = f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else ""
+    print(writer.summary() + unparsed)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,20 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from data_tools.record_files import RecordWriter, image_prefix, with_prefix
+from data_tools.record_files import (
+    RecordWriter,
+    add_output,
+    image_prefix,
+    read_with_progress,
+    with_prefix,
+)
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
     parse_test_record,
     parse_training_record,
     read_json_records,
+    require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
@@ -102,10 +108,10 @@ class Protected:
             InputError: a record or an image cannot be read: it could not be protected.
         """
         root = path.parent if image_root is None else image_root
-        for line, record in read_json_records(path):
+        for line, raw in read_json_records(path):
             where = f"{path}, line {line}"
             try:
-                question, images = _question_and_images(record)
+                question, images = _question_and_images(require_object(raw))
                 prints = [_fingerprint(str(root / image), image) for image in images]
             except RecordError as error:
                 raise InputError(f"{where}: {error}") from error
@@ -138,9 +144,7 @@ class Protected:
         return f"{self._places[nearest]} ({distances[nearest]} of {HASH_SIDE**2} bits differ)"
 
 
-def _question_and_images(record: dict | RecordError) -> tuple[str, list[str]]:
-    if isinstance(record, RecordError):
-        raise record
+def _question_and_images(record: dict) -> tuple[str, list[str]]:
     if "conversations" not in record:
         # A question record, which has no candidates yet, will do as well.
         test = parse_test_record({"candidates": [""], "true_false": [False], **record})
@@ -179,10 +183,9 @@ def decontaminate_file(
     with RecordWriter(out, overwrite) as writer:
         for path in against:
             protected.add_file(path, against_image_root)
-        for line, record in tqdm(
-            read_json_records(source), desc=source.name, unit="rec", disable=None
-        ):
+        for line, raw in read_with_progress(source):
             try:
+                record = require_object(raw)
                 question, images = _question_and_images(record)
                 reasons = []
                 if "question" in checks and (place := protected.same_question(question)):
@@ -197,7 +200,7 @@ def decontaminate_file(
                 if reasons:
                     raise RecordError("; ".join(reasons))
             except RecordError as error:
-                writer.reject(source, line, record, str(error))
+                writer.reject(source, line, raw, str(error))
             else:
                 writer.write(with_prefix(record, prefix))
     return writer
@@ -213,7 +216,6 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("source", type=Path, help="training records, JSONL or a JSON list")
     add("--against", type=Path, nargs="+", required=True, help="meta, test or question files")
-    add("--out", type=Path, required=True, help="the .jsonl file to write")
     add("--image_root", type=Path, help="where paths start (default: the source's folder)")
     add(
         "--against_image_root",
@@ -227,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         default=MAX_DISTANCE,
         help=f"most bits of {HASH_SIDE**2} that differ in a lookalike (default: {MAX_DISTANCE})",
     )
-    add("--overwrite", action="store_true", help="replace what is there")
+    add_output(parser)
     args = parser.parse_args(argv)
     writer = decontaminate_file(
         args.source,
@@ -239,10 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         args.max_distance,
         args.overwrite,
     )
-    print(
-        f"{args.out}: {writer.num_written} records kept, {writer.num_rejected} removed"
-        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
-    )
+    print(writer.summary("records kept", "removed"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import steps_conversation
 
 TILE_SIZE = 32  # image side, and the tile size of the demo model: 4 x the 8 x 8 digits
 WIDE_RATE = 0.1  # images of two tiles and a thumbnail; few, as each costs 32 tokens more
@@ -120,17 +120,6 @@ def make_solution(
     return Solution(steps, tuple(wrong_step == 0 or step < wrong_step for step in (1, 2, 3)))
 
 
-def conversation(question: str, steps: Sequence[str], labels: Sequence[str]) -> list[dict]:
-    """The turns of a record, in the layout in which candidates are scored."""
-    turns = [
-        {"from": "system", "value": SYSTEM_PROMPT},
-        {"from": "human", "value": f"### Question:\n{question}"},
-    ]
-    for step, label in zip(steps, labels, strict=True):
-        turns += [{"from": "human", "value": step}, {"from": "gpt", "value": label}]
-    return turns
-
-
 def digit_image(pixels: np.ndarray, column: int | None = None) -> Image.Image:
     """A digit as a 32 x 32 image, or in one half of a 64 x 32 one.
 
@@ -219,7 +208,7 @@ def make_demo_data(
                 "id": f"digit{index}-{kind.name}-{i}",
                 "image": image(index),
                 "dataset": kind.name,
-                "conversations": conversation(kind.question, solution.steps, labels),
+                "conversations": steps_conversation(kind.question, solution.steps, labels=labels),
             }
         )
         truth.append({"flipped": i in flipped, "clean_labels": solution.labels})
@@ -236,7 +225,9 @@ def make_demo_data(
                     "dataset": kind.name,
                     "true_false": solution.right[-1],
                     "response": solution.text,
-                    "conversations": conversation(kind.question, solution.steps, solution.labels),
+                    "conversations": steps_conversation(
+                        kind.question, solution.steps, labels=solution.labels
+                    ),
                 }
             )
 

@@ -21,7 +21,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from tqdm import trange
 from transformers import (
-    GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -29,15 +28,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from data_tools.demo_data import (
-    KINDS,
-    TILE_SIZE,
-    Solution,
-    conversation,
-    digit_image,
-    make_solution,
-)
+from data_tools.demo_data import KINDS, TILE_SIZE, Solution, digit_image, make_solution
 from dreamprm_dist.prm.chat import (
+    CHAT_TEMPLATE,
     IGNORE_INDEX,
     IMAGE_CONTEXT,
     IMAGE_END,
@@ -48,8 +41,10 @@ from dreamprm_dist.prm.chat import (
     encode_conversation,
     label_token_ids,
 )
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
-from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
+from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
+from dreamprm_dist.prm.tiling import image_tiles
+from dreamprm_dist.training.export import save_model
 
 PAD = "<|endoftext|>"
 SPECIAL_TOKENS = [PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT]
@@ -60,12 +55,6 @@ DOWNSAMPLE_RATIO = 0.5
 READING_STEPS, VERIFICATION_STEPS = 150, 700
 BATCH_SIZE, LR = 32, 3e-3
 VERIFICATION_ERRORS = (0.4, 0.3, 0.2, 0.1)  # of no error and of one in each step
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -154,22 +143,7 @@ def build_tiny_model(
     return model.eval(), tokenizer
 
 
-def save_model(
-    model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path | str
-) -> Path:
-    """Write a folder that `from_pretrained` reads, without torchvision; returns its path."""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    GotOcr2ImageProcessorPil(
-        size={"height": TILE_SIZE, "width": TILE_SIZE},
-        crop_to_patches=True,
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    ).save_pretrained(out)
-    return Path(out)
-
-
-def make_tiny_model(out: Path | str, texts: Iterable[str], seed: int = 0) -> Path:
+def make_tiny_model(out: Path, texts: Iterable[str], seed: int = 0) -> Path:
     """Write a tiny InternVL with random weights; see `build_tiny_model`.
 
     Args:
@@ -177,9 +151,11 @@ def make_tiny_model(out: Path | str, texts: Iterable[str], seed: int = 0) -> Pat
         texts: turns' texts for the tokenizer.
 
     Returns:
-        `out`, as a Path.
+        `out`.
     """
-    return save_model(*build_tiny_model(texts, seed), out)
+    model, tokenizer = build_tiny_model(texts, seed)
+    save_model(out, PRM(model), tokenizer)
+    return out
 
 
 def data_texts(data: Path | str) -> list[str]:
@@ -230,7 +206,7 @@ class Pretraining:
     def _encode(self, kind: int, solution: Solution, tiles: int) -> tuple:
         # Neutral labels in the context: with the real ones there it learns to copy them.
         encoded = encode_conversation(
-            conversation(KINDS[kind].question, solution.steps, solution.labels),
+            steps_conversation(KINDS[kind].question, solution.steps, labels=solution.labels),
             self.tokenizer,
             tiles,
             self.model.config.image_seq_length,
@@ -337,7 +313,7 @@ def main() -> None:
     pretraining = Pretraining(model, tokenizer, split["train"] + split["meta"], arguments.seed)
     pretraining.train(READING_STEPS, verify=False)
     pretraining.train(VERIFICATION_STEPS, verify=True)
-    save_model(model, tokenizer, arguments.out)
+    save_model(arguments.out, PRM(model), tokenizer)
     held_out = Pretraining(model, tokenizer, split["test"], arguments.seed).accuracy()
     print(
         f"held-out digits: {held_out['digits']:.1%} read, {held_out['steps']:.1%} of steps judged"

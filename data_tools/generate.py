@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import json
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,9 +37,9 @@ except ModuleNotFoundError:
     sys.exit("error: the openai client is not installed; pip install -e .[generate]")
 
 from data_tools.journal import Journal
-from data_tools.record_files import RecordWriter
+from data_tools.record_files import RecordWriter, add_output
 from data_tools.reencode import shard_image
-from dreamprm_dist.data.schema import parse_test_record, read_json_records
+from dreamprm_dist.data.schema import parse_test_record, read_json_records, require_object
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
 
@@ -89,9 +91,8 @@ def candidate_requests(questions: Path, n: int) -> tuple[list[CandidateRequest],
     seen: set[str] = set()
     for line, raw in read_json_records(questions):
         try:
-            if isinstance(raw, RecordError):
-                raise raw
-            record = parse_test_record({"candidates": [""], "true_false": [False], **raw})
+            no_candidates = {"candidates": [""], "true_false": [False]}
+            record = parse_test_record(no_candidates | require_object(raw))
             if not record.id or record.id in seen:
                 raise RecordError("every question needs an 'id' of its own.")
         except RecordError as error:
@@ -248,7 +249,8 @@ def generate_file(
     writer = RecordWriter(out, overwrite)
     requests, no_questions = candidate_requests(questions, n)
     keys = {request.key for request in requests}
-    with Journal(out.with_name(f"{out.name}.partial"), keys, asdict(sampling)) as journal:
+    partial = out.with_name(f"{out.name}.partial")
+    with closing(Journal(partial, keys, asdict(sampling))) as journal:
         client = AsyncOpenAI(
             base_url=base_url,
             api_key=os.environ.get(KEY_VARIABLE) or "none",  # a server of one's own wants none
@@ -272,7 +274,7 @@ def generate_file(
             for request, reason in sorted(asked.rejected + asked.failed):
                 reason = f"candidate {request.sample}: {reason}"
                 writer.reject(questions, request.line, {"id": request.id}, reason)
-        journal.path.unlink()
+        partial.unlink()
     return writer
 
 
@@ -285,7 +287,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("questions", type=Path, help="what `data_tools.convert mmmu` wrote")
-    add("--out", type=Path, required=True, help="the .jsonl file to write")
     add("--base_url", required=True, help="of the server, such as http://localhost:8000/v1")
     add("--model", required=True, help="what the server calls the model")
     add("--n", type=int, default=8, help="candidates a question (default: 8)")
@@ -298,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     prices = "of a million tokens read and a million written, to print the cost"
     add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help=prices)
     add("--allow_missing", action="store_true", help="write out although candidates did not come")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add_output(parser)
     args = parser.parse_args(argv)
     writer = generate_file(
         args.questions,
@@ -314,17 +315,14 @@ def main(argv: list[str] | None = None) -> None:
         args.overwrite,
     )
     tokens = [0, 0]
-    for _, row in read_json_records(args.out):
-        tokens[0] += row["prompt_tokens"]
-        tokens[1] += row["completion_tokens"]
-    cost = ""
+    with args.out.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            tokens[0] += row["prompt_tokens"]
+            tokens[1] += row["completion_tokens"]
+    used = f"candidates, {tokens[0]:,} + {tokens[1]:,} tokens"
     if args.prices:
-        cost = f", cost {sum(t * p for t, p in zip(tokens, args.prices, strict=True)) / 1e6:.2f}"
-    print(
-        f"{args.out}: {writer.num_written} candidates, {tokens[0]:,} + {tokens[1]:,} tokens{cost}, "
-        f"{writer.num_rejected} rejected"
-        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
-    )
+        used += f", cost {sum(t * p for t, p in zip(tokens, args.prices, strict=True)) / 1e6:.2f}"
+    print(writer.summary(used))
 
 
 if __name__ == "__main__":

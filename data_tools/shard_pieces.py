@@ -127,7 +127,9 @@ def make_block(job: Job, block: Block) -> dict:
 def _write_block(job: Job, block: Block, path: Path) -> dict:
     _shard_image.cache_clear()  # an earlier block's images may have changed since
     schema = job.block_schema()
-    rejected, group_keys, buffer = [], [], []
+    rejected: list[dict] = []
+    group_keys: list[str] = []
+    buffer: list[dict] = []
     num_rows = buffered_bytes = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
@@ -139,8 +141,6 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
 
         for line, raw in _block_records(job.lines, block):
             try:
-                if isinstance(raw, RecordError):
-                    raise raw
                 record = _PARSERS[job.kind](raw)
                 row = _row(record, job.image_root)
             except RecordError as error:
@@ -177,7 +177,7 @@ def _row(record: TrainingRecord, image_root: Path) -> dict:
             f"its {len(images)} images have more than {MAX_IMAGE_BYTES >> 20} MiB together; "
             "use fewer or smaller ones."
         )
-    row = {
+    row: dict[str, object] = {
         "source_id": record.source_id,
         "dataset": record.dataset,
         "conversations": json.dumps(record.conversations, ensure_ascii=False),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dreamprm_dist.data.schema import Turn
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation
 from dreamprm_dist.prm.tiling import image_tiles
@@ -88,7 +89,7 @@ class Batch:
 
 
 def encode_instance(
-    conversations: Sequence[dict],
+    conversations: Sequence[Turn],
     images: Sequence[bytes],
     tokenizer: PreTrainedTokenizerBase,
     format: InputFormat,

@@ -90,7 +90,7 @@ def test_images_stand_at_their_placeholders_or_first_of_all(tokenizer):
     text = tokenizer.decode(first.input_ids)
     assert text.startswith("<|im_start|>user\n<img><IMG_CONTEXT>")
     assert "</img><img>" in text
-    with pytest.raises(ValueError, match="2 <image> placeholders for 1 images"):
+    with pytest.raises(ValueError, match=r"2 <image> for 1 image\(s\)"):
         encode_conversation(two, tokenizer, [1])
 
 

@@ -337,12 +337,12 @@ def test_damage_inside_a_png_is_refused():
         decode_image(bytes(data))
 
 
-def test_text_with_the_chat_formats_own_tokens_is_refused():
+def test_text_with_reserved_tokens_is_refused():
     record = {
         "conversations": [
             {"from": "human", "value": "q<|im_end|>"},
             {"from": "gpt", "value": "+"},
         ]
     }
-    with pytest.raises(RecordError, match="own tokens"):
+    with pytest.raises(RecordError, match=r"conversations\[0\] \(human\) holds a reserved token"):
         parse_training_record(record)
