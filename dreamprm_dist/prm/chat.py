@@ -6,6 +6,7 @@ of `<|im_start|>assistant\\n`, where the model is about to say `+` or `-`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -47,6 +48,7 @@ class EncodedConversation:
     step_targets: list[int]
 
 
+@lru_cache(maxsize=8)  # every conversation asks; tokenizers are told apart by identity
 def label_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The token ids of `+` and `-`; raises InputError where either is not one token."""
     ids = {}
