@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from data_tools.mmmu import join_candidates, write_questions
@@ -70,8 +71,7 @@ def _label(step: dict, index: int, threshold: float) -> str | None:
     if total == 0 and not isinstance(total, bool):
         return None
     score = step.get("score")
-    is_number = isinstance(score, int | float) and not isinstance(score, bool)
-    if not is_number or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise RecordError(f"steps_with_score[{index}]: 'score' must be a finite number.")
     return "+" if score > threshold else "-"
 
@@ -215,12 +215,13 @@ def main(argv: list[str] | None = None) -> None:
             args.questions, args.candidates, args.out, args.kind, args.overwrite
         )
     else:
-        convert = checked_training
+        convert: Callable[[dict], dict] = checked_training
         if args.command == "raw":
-
-            def convert(record: dict) -> dict:
-                return convert_raw(record, args.threshold, args.stop_at_first_minus)
-
+            convert = partial(
+                convert_raw,
+                threshold=args.threshold,
+                stop_at_first_minus=args.stop_at_first_minus,
+            )
         elif args.command == "reference" and args.kind == "meta":
             convert = checked_meta
         writer = convert_files(

@@ -84,7 +84,7 @@ class Solution:
     """
 
     steps: tuple[str, str, str]
-    right: tuple[bool, bool, bool]
+    right: tuple[bool, ...]
 
     @property
     def text(self) -> str:
@@ -213,7 +213,7 @@ def make_demo_data(
         )
         truth.append({"flipped": i in flipped, "clean_labels": solution.labels})
 
-    meta = []
+    meta: list[dict] = []
     for i, index in enumerate(split["meta"]):
         kind = KINDS[i % len(KINDS)]
         for number in range(SOLUTIONS_PER_QUESTION):
@@ -257,8 +257,7 @@ def make_demo_data(
         )
 
     files = {"train": train, "meta": meta, "shuffled_meta": shuffled_meta, "test": test}
-    files |= {"truth": truth, "split": split}
-    for name, content in files.items():
+    for name, content in {**files, "truth": truth, "split": split}.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     return {
         "flipped": len(flipped) / max(num_train, 1),
@@ -267,12 +266,12 @@ def make_demo_data(
     }
 
 
-def noise_auc(data: Path, scores: Sequence[float]) -> float:
-    """How well a score tells clean instances from flipped ones: 0.5 not at all, 1 fully.
+def noise_auc(data: Path, scores: Sequence[float] | np.ndarray) -> float:
+    """Area under the ROC curve of clean over flipped instances: 0.5 is chance, 1 perfect.
 
     Args:
         data: folder that `make_demo_data` wrote.
-        scores: one a training record, in their order; higher for clean.
+        scores: one per training record, in their order; higher for clean.
     """
     truth = json.loads((data / "truth.json").read_text())
     return float(roc_auc_score([not record["flipped"] for record in truth], scores))

@@ -125,7 +125,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
     return InternVLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+        image_token_id=tokenizer.get_vocab()[IMAGE_CONTEXT],
         image_seq_length=int((TILE_SIZE / PATCH_SIZE * DOWNSAMPLE_RATIO) ** 2),
         downsample_ratio=DOWNSAMPLE_RATIO,
         tie_word_embeddings=True,  # here, not in the text config, is where InternVL ties them
@@ -234,7 +234,7 @@ class Pretraining:
         pad = self.tokenizer.pad_token_id
         return {
             "pixels": pixels.flatten(0, 1),
-            "ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad),
+            "ids": torch.nn.utils.rnn.pad_sequence([*ids], batch_first=True, padding_value=pad),
             "naming": torch.tensor(naming),
             "digits": self.digit_ids[[self.values[row] for row in rows]],
             "steps": torch.tensor(steps),

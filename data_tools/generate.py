@@ -20,7 +20,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -42,6 +42,9 @@ from data_tools.reencode import shard_image
 from dreamprm_dist.data.schema import parse_test_record, read_json_records, require_object
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionContentPartParam
 
 PROMPT = """\
 Solve the problem below, step by step. First write [Reasoning] and your reasoning, with a blank \
@@ -173,17 +176,18 @@ class CandidateRequests:
                 ) from None
         else:
             self._failures_in_a_row = 0
-            made = {"id": request.id, "sample": request.sample}
-            self.journal.add(made | answer | asdict(self.sampling))
+            self.journal.add(
+                {"id": request.id, "sample": request.sample, **answer, **asdict(self.sampling)}
+            )
 
     async def _answer(self, request: CandidateRequest) -> dict:
-        parts = [
+        parts: list[ChatCompletionContentPartParam] = [
             {"type": "image_url", "image_url": {"url": _data_url(self.image_root / path, path)}}
             for path in request.images
         ]
-        text = {"type": "text", "text": PROMPT + request.question}
+        parts.append({"type": "text", "text": PROMPT + request.question})
         response = await self.client.chat.completions.create(
-            messages=[{"role": "user", "content": [*parts, text]}], **asdict(self.sampling)
+            messages=[{"role": "user", "content": parts}], **asdict(self.sampling)
         )
         try:  # the client does not check what a server answers
             choice, usage = response.choices[0], response.usage

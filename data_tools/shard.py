@@ -170,9 +170,8 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
     blocks = list(find_blocks(job.lines))
     if not blocks:
         raise InputError(f"{source}: holds no record; give a file that has some.")
-    rows, group_ids, num_rejected = [], [], 0
+    rows, group_ids, num_rejected, first = [], [], 0, ""
     group_of: dict[str, int] = {}
-    first: dict | None = None
     total = sum(block.num_records for block in blocks)
     with (
         (job.shards / REJECTED).open("w", encoding="utf-8", newline="\n") as file,
@@ -183,13 +182,13 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
             group_ids += [group_of.setdefault(key, len(group_of)) for key in made["group_keys"]]
             for entry in made["rejected"]:
                 file.write(_json_text(entry) + "\n")
-                first = first or entry
+                first = first or f"at line {entry['line']}, because: {entry['reason']}"
             num_rejected += len(made["rejected"])
             bar.update(made["rows"] + len(made["rejected"]))
     if not any(rows):
         raise InputError(
             f"{source}: all {num_rejected} records were rejected, so there is nothing to write; "
-            f"the first, at line {first['line']}, because: {first['reason']}"
+            f"the first, {first}"
         )
     *starts, num_records = accumulate(rows, initial=0)
     return _Accepted(starts, num_records, group_ids, num_rejected)

@@ -60,7 +60,7 @@ _NUMBERED = ("sample_id", "group_id")  # known when all blocks are made
 class Block(NamedTuple):
     """Lines of the source: bytes ``start`` to ``end``, of which ``line`` is the first."""
 
-    index: int
+    number: int
     start: int
     end: int
     line: int
@@ -70,7 +70,7 @@ class Block(NamedTuple):
 class Shard(NamedTuple):
     """A shard's rows by sample_id, in order, and their group_ids (None in a training shard)."""
 
-    index: int
+    number: int
     sample_ids: Sequence[int]
     group_ids: Sequence[int] | None
 
@@ -120,15 +120,14 @@ def make_block(job: Job, block: Block) -> dict:
         ``rows``, the number stored; ``rejected``, a dict of line, id and reason for each of the
         others; for meta records ``group_keys``, one a row: equal for solutions of one question.
     """
-    note = job.blocks / f"block-{block.index:06d}.json"
-    return make_once(job.block_file(block.index), note, partial(_write_block, job, block))
+    note = job.blocks / f"block-{block.number:06d}.json"
+    return make_once(job.block_file(block.number), note, partial(_write_block, job, block))
 
 
 def _write_block(job: Job, block: Block, path: Path) -> dict:
     _shard_image.cache_clear()  # an earlier block's images may have changed since
     schema = job.block_schema()
-    rejected: list[dict] = []
-    group_keys: list[str] = []
+    rejected, group_keys = [], []
     buffer: list[dict] = []
     num_rows = buffered_bytes = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -210,7 +209,7 @@ def make_shard(job: Job, block_starts: Sequence[int], shard: Shard) -> dict:
     Returns:
         The shard's entry in the manifest: ``file``, ``rows`` and ``sha256``.
     """
-    name = f"shard-{shard.index:05d}"
+    name = f"shard-{shard.number:05d}"
     path = job.shards / f"{name}.parquet"
     make = partial(_write_shard, job, block_starts, shard)
     return make_once(path, job.work / f"{name}.json", make)
@@ -229,7 +228,7 @@ def _write_shard(job: Job, block_starts: Sequence[int], shard: Shard, path: Path
             if shard.group_ids is not None:
                 columns["group_id"] = list(shard.group_ids[some])
             writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP_ROWS)
-    return {"file": f"shard-{shard.index:05d}.parquet", "rows": len(shard.sample_ids)}
+    return {"file": f"shard-{shard.number:05d}.parquet", "rows": len(shard.sample_ids)}
 
 
 def _stored_row(job: Job, block_starts: Sequence[int], sample_id: int) -> pa.Table:

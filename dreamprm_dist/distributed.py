@@ -62,7 +62,10 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
-            **{"timeout": timeout, "store": store, "rank": rank, "world_size": world_size},
+            timeout=timeout,
+            store=store,
+            rank=rank,
+            world_size=world_size,
         )
         _roll_call = dist.new_group(backend="gloo", timeout=timeout)
         start_logging(rank, world_size)
@@ -105,7 +108,8 @@ def _absent(patience: timedelta) -> str:
     """Who does not answer: rank 0 waits for a sign of every other rank, and these for its reply."""
     end = time.monotonic() + patience.total_seconds()
 
-    def wait(message: dist.Work) -> None:
+    def wait(message: dist.Work | None) -> None:
+        assert message is not None  # this rank is in the group
         message.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))  # 0 would have no end
 
     if rank():
@@ -307,9 +311,9 @@ def all_reduce_max(values: Tensor) -> Tensor:
 
 def gather_rows(rows: Tensor) -> list[Tensor] | None:
     """Every rank's 1-D tensor, in rank order, on rank 0; None elsewhere. Lengths may differ."""
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    counts[rank()] = len(rows)
-    counts = all_reduce_sum(counts).tolist()
+    own = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    own[rank()] = len(rows)
+    counts = all_reduce_sum(own).tolist()
     if rank():
         dist.send(rows.contiguous(), dst=0)
         return None

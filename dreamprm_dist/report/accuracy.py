@@ -1,4 +1,4 @@
-"""What PRMs are worth, from an evaluation's `results.json`, with intervals."""
+"""Accuracies of PRMs with intervals, from an evaluation's `results.json`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -100,7 +100,7 @@ def figure_by_n(results: Mapping) -> str:
     for name, dashes in (("oracle", "-"), ("self_consistency", "--"), ("random", ":")):
         values = [100 * row[name] for row in results["by_n"].values()]
         axes.plot(numbers, values, color=GREY, linestyle=dashes, label=label_of(name))
-    axes.set(xlabel="candidates N, drawn by lot", ylabel="right picks, %", xticks=numbers)
+    axes.set(xlabel="candidates N, drawn at random", ylabel="right picks, %", xticks=numbers)
     return svg_figure(figure, "Right picks against N", "Expected right picks against N.")
 
 

@@ -50,7 +50,7 @@ def write_demo_report(folder: Path) -> Path:
     accuracy, auc = summary.get("accuracy", {}), summary.get("noise_auc", {})
     differences, seeds = _differences(summary), summary.get("seeds", [])
     # Other lengths mean that records were rejected, and sample IDs are not those of the truth.
-    weighted = [r for r in runs if r.weights is not None and len(r.weights) == len(flipped)]
+    weighted = [r for r in runs if len(r.weights) == len(flipped) > 0]
     sections = {
         "Key figures": [summary_tiles(summary, differences, flipped)],
         "Which solution is picked": [

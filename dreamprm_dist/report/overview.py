@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -72,7 +73,7 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     evaluation = read_json(results) if results else None
     if results and not (isinstance(evaluation, dict) and "table" in evaluation):
         raise InputError(f"{results} is no results.json of launch/evaluate.py")
-    weighted = [run for run in runs if run.weights is not None]
+    weighted = [run for run in runs if len(run.weights)]
     with_data = [(run, shards) for run in weighted if (shards := training_shards(run))]
     sections = {
         "Runs": [wrap("wide", _table_runs(runs))],
@@ -93,7 +94,7 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
         },
         "Where time goes": [
             figure_seconds([run for run in runs if any(map(run.seconds, PHASES))]),
-            figure_curve(runs, "samples_per_second", "Instances a second"),
+            figure_curve(runs, "samples_per_second", "Instances per second"),
         ],
         "Settings": [wrap("wide", "".join(map(details_settings, runs)))],
     }
@@ -117,9 +118,8 @@ def _accuracy(results: dict) -> list[str]:
 def _table_runs(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        last = run.metrics.iloc[-1] if len(run.metrics) else {}
+        last: Any = run.metrics.iloc[-1] if len(run.metrics) else {}
         speed = run.metrics.get("samples_per_second")
-        weights = run.weights
         rows.append(
             (
                 label_of(run.name),
@@ -128,13 +128,15 @@ def _table_runs(runs: Sequence[Run]) -> str:
                 decimal(last.get("lower_loss"), 3),
                 decimal(None if speed is None else float(speed.mean()), 1),
                 decimal(last.get("peak_memory_gib"), 1),
-                decimal(None if weights is None else len(weights), 0),
-                decimal(None if weights is None else effective_sample_size(weights), 0),
+                decimal(len(run.weights) or None, 0),
+                decimal(effective_sample_size(run.weights) if len(run.weights) else None, 0),
             )
         )
-    head = ("Run", "Iterations", "Epochs", "Lower loss", "Instances a second", "Memory, GiB")
-    head += ("Weighted instances", "Effective sample size")
-    return html_table("The runs at their end; (Σw)² / Σw² is the effective size", head, rows)
+    head = "Run", "Iterations", "Epochs", "Lower loss", "Instances per second", "Memory, GiB"
+    sizes = "Weighted instances", "Effective sample size"
+    return html_table(
+        "The runs at their end; (Σw)² / Σw² is the effective size", head + sizes, rows
+    )
 
 
 def _verdict(results: dict | None) -> str:

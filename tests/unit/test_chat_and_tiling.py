@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dreamprm_dist.prm import encode_conversation, tile_grid
-from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT, label_token_ids
-from dreamprm_dist.prm.grid import num_tiles, usable_size
+from dreamprm_dist.prm.chat import (
+    IGNORE_INDEX,
+    IMAGE_CONTEXT,
+    encode_conversation,
+    label_token_ids,
+)
+from dreamprm_dist.prm.grid import num_tiles, tile_grid, usable_size
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
 
 
