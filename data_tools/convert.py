@@ -176,13 +176,15 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, what: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=what, description=what, parents=[*parents, output])
 
-    raw = command("raw", "raw VisualPRM400K, a file a data set, to training records", images)
+    raw = command("raw", "raw VisualPRM400K, one file per data set, to training records", images)
     raw.add_argument("--threshold", type=float, default=0.0, help="+ above this score (default: 0)")
     raw.add_argument(
         "--stop_at_first_minus", action="store_true", help="end a solution at its first -"
     )
     command(
-        "conversations", "VisualPRM conversations, a file a data set, to training records", images
+        "conversations",
+        "VisualPRM conversations, one file per data set, to training records",
+        images,
     )
     reference = command("reference", "train or meta JSON of the reference implementation", images)
     reference.add_argument("--kind", choices=("training", "meta"), required=True)

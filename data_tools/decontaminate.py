@@ -48,7 +48,12 @@ _FLAT = 2.0  # grey levels; below it a picture shows nothing that a hash could t
 
 
 class Fingerprint(NamedTuple):
-    """What two copies of one image share: SHA-256, and a (32,) uint8 perceptual hash or None."""
+    """Properties that copies of an image share.
+
+    Attributes:
+        digest: SHA-256 of the bytes.
+        lookalike: (32,) uint8 perceptual hash; None for a flat image.
+    """
 
     digest: bytes
     lookalike: np.ndarray | None
@@ -125,16 +130,16 @@ class Protected:
         self._table = np.array(self._hashes, dtype=np.uint8).reshape(-1, HASH_SIDE**2 // 8)
 
     def same_question(self, text: str) -> str | None:
-        """Where the question is protected; None for another question, or one without words."""
+        """The place of the protected question; None for another one, or one without words."""
         question = normalised_question(text)
         return self._questions.get(question) if question else None
 
     def same_image(self, image: Fingerprint) -> str | None:
-        """Where these bytes are protected."""
+        """The place of the protected image of these bytes."""
         return self._digests.get(image.digest)
 
     def lookalike(self, image: Fingerprint) -> str | None:
-        """Where the nearest image within `max_distance` bits is, and how near."""
+        """The place of the nearest image within `max_distance` bits, and its distance."""
         if image.lookalike is None or not len(self._table):
             return None
         distances = np.unpackbits(self._table ^ image.lookalike, axis=1).sum(axis=1)

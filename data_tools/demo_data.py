@@ -162,10 +162,10 @@ def make_demo_data(
 
     Args:
         out: folder to write to, made if absent.
-        num_train: training records, one a digit while digits last.
-        num_meta: meta records, four a question.
+        num_train: training records, one per digit while digits last.
+        num_meta: meta records, four per question.
         num_test: test questions, four candidates each.
-        flip_rate: the part of the training records in which every label is turned round.
+        flip_rate: the fraction of training records in which every label is flipped.
 
     Returns:
         Figures of what was made: `flipped`, `first_candidate` and `oracle` accuracy (fractions).

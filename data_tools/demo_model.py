@@ -96,7 +96,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
-    """The real model's configuration, 0.4 M parameters small: 32 px tiles, 4 tokens a tile."""
+    """The real model's configuration, 0.4 M parameters small: 32 px tiles, 4 tokens per tile."""
     text = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
@@ -178,8 +178,8 @@ def digit_tiles(digits: list[int], wide: bool) -> Tensor:
 class Pretraining:
     """Teaches a tiny model to read digits, then to verify solutions about them.
 
-    Everything is cached: tiles once a digit, tokens once a text. Batches hold images of one size,
-    so there is next to no padding.
+    Everything is cached: tiles once per digit, tokens once per text. Batches hold images of one
+    size, so there is next to no padding.
 
     Args:
         model: trained in place.
@@ -290,7 +290,7 @@ class Pretraining:
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
-        """How many digits are read and how many steps of fresh solutions are judged rightly."""
+        """Shares of digits read correctly and of steps of fresh solutions judged correctly."""
         batch = self.batch(range(len(self.values)), False, VERIFICATION_ERRORS)
         hidden = self.hidden(batch)
         named = self.logits(hidden, batch["naming"])[:, self.digit_ids].argmax(-1)

@@ -61,7 +61,13 @@ _HOPELESS_REQUEST = (400, 413, 422)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How candidates are drawn; the same for all of a file."""
+    """Sampling of candidates, the same for all of a file.
+
+    Attributes:
+        model: the server's name of the model.
+        temperature: 0 takes the likeliest token.
+        max_tokens: length of the longest candidate in tokens.
+    """
 
     model: str
     temperature: float
@@ -79,7 +85,7 @@ class CandidateRequest(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int]:
-        """What the journal knows its answer by."""
+        """The key of its answer in the journal."""
         return self.id, self.sample
 
 
@@ -293,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     add("questions", type=Path, help="what `data_tools.convert mmmu` wrote")
     add("--base_url", required=True, help="of the server, such as http://localhost:8000/v1")
     add("--model", required=True, help="what the server calls the model")
-    add("--n", type=int, default=8, help="candidates a question (default: 8)")
+    add("--n", type=int, default=8, help="candidates per question (default: 8)")
     add("--temperature", type=float, default=0.7, help="0: the likeliest token (default: 0.7)")
     add("--max_tokens", type=int, default=2048, help="longest candidate (default: 2048)")
     add("--concurrency", type=int, default=16, help="requests at a time (default: 16)")

@@ -22,7 +22,7 @@ BALANCES = ("final", "steps", "none")
 
 
 def label_class(record: dict, balance: str) -> str | None:
-    """Whether a record counts as ``+`` or ``-``; None when it has no label to tell by.
+    """The class of a record, ``+`` or ``-``; None when it has no label to tell by.
 
     ``final``: by ``true_false`` where there is one, else by the last step. ``steps``: ``-`` when
     any step is ``-``, ``+`` when none is and some step is labelled. ``none``: always ``+``.

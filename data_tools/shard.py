@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class _Accepted(NamedTuple):
     block_starts: list[int]  # the first sample_id of each block
     num_records: int
-    group_ids: list[int]  # one a record of a meta file; empty for a training file
+    group_ids: list[int]  # one per record of a meta file; empty for a training file
     num_rejected: int
 
 
@@ -66,7 +66,7 @@ def shard_file(
     appears at ``out_dir`` only when it is complete; ``overwrite`` replaces a finished one. Until
     then the work lies in ``<out_dir>.partial``, where a later call with the same arguments goes on
     from it; images that changed since are not noticed. Memory does not grow with the number of
-    training records; of a meta file a number a record is held.
+    training records; of a meta file one number per record is held.
 
     Args:
         in_order: how a function is applied to many items, such as what `start_workers` gives.
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         "--num_shards",
         type=int,
         default=8,
-        help="shards a folder; the number of ranks must divide it (default: 8)",
+        help="shards per folder; the number of ranks must divide it (default: 8)",
     )
     add("--meta_num_shards", type=int, help="shards of the meta folder (default: --num_shards)")
     add(

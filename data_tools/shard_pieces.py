@@ -1,5 +1,5 @@
-"""What sharding does in its workers: a block of the source's lines becomes a file of checked rows,
-and rows of many blocks become a shard.
+"""The work of sharding's workers: a block of the source's lines becomes a file of checked rows, and
+rows of many blocks become a shard.
 
 Every image is read, checked and re-encoded once, when its block is made. A block's rows lie in an
 Arrow file, of which a shard maps the few rows that it needs. Both kinds of file are kept over a
@@ -77,7 +77,14 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What all pieces of a job share; ``lines`` is its source as JSONL."""
+    """A source and how it is sharded, the same for all pieces.
+
+    Attributes:
+        lines: the source as JSONL.
+        kind: "training" or "meta".
+        image_root: folder that image paths start from.
+        work: folder for the pieces.
+    """
 
     lines: Path
     kind: str
@@ -118,7 +125,7 @@ def make_block(job: Job, block: Block) -> dict:
 
     Returns:
         ``rows``, the number stored; ``rejected``, a dict of line, id and reason for each of the
-        others; for meta records ``group_keys``, one a row: equal for solutions of one question.
+        others; for meta records ``group_keys``, one per row: equal for solutions of one question.
     """
     note = job.blocks / f"block-{block.number:06d}.json"
     return make_once(job.block_file(block.number), note, partial(_write_block, job, block))
@@ -170,7 +177,7 @@ def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | Reco
 
 def _row(record: TrainingRecord, image_root: Path) -> dict:
     images = [_shard_image(str(image_root / image), image) for image in record.images]
-    # 16 rows of a row group must stay below Arrow's 2 GiB a column.
+    # 16 rows of a row group must stay below Arrow's 2 GiB per column.
     if sum(len(data) for data, _ in images) > MAX_IMAGE_BYTES:
         raise RecordError(
             f"its {len(images)} images have more than {MAX_IMAGE_BYTES >> 20} MiB together; "

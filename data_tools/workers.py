@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 InOrder = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]
 
-AHEAD = 3  # items a worker that are under way or wait for their turn: bounds what is held
+AHEAD = 3  # items per worker that are under way or wait for their turn: bounds what is held
 
 
 @contextmanager

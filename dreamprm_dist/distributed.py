@@ -105,7 +105,7 @@ def naming_lost_ranks() -> Iterator[None]:
 
 
 def _absent(patience: timedelta) -> str:
-    """Who does not answer: rank 0 waits for a sign of every other rank, and these for its reply."""
+    """Name the ranks that do not answer: rank 0 waits for a sign of each, these for its reply."""
     end = time.monotonic() + patience.total_seconds()
 
     def wait(message: dist.Work | None) -> None:
@@ -162,7 +162,12 @@ def _adopt_launcher_environment() -> None:
 
 
 class Started(NamedTuple):
-    """What mpirun or srun say of this process."""
+    """This process as mpirun or srun describe it.
+
+    Attributes:
+        launcher: "mpirun" or "srun".
+        rank, world_size: this process's number, and how many processes were started.
+    """
 
     launcher: str
     rank: int
@@ -190,7 +195,7 @@ def _check_ranks(env: Mapping[str, str], started: Started | None) -> None:
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
     if not 0 <= rank < size:
         raise InputError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0 to {size - 1}")
-    # torchrun and deepspeed may be started once a node by srun or mpirun, and then count anew.
+    # torchrun and deepspeed may be started once per node by srun or mpirun, and then count anew.
     counted_anew = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & env.keys()
     if started and started.world_size > 1 and not counted_anew and started[1:] != (rank, size):
         raise InputError(
@@ -340,7 +345,7 @@ def broadcast_text(text: str) -> str:
 
 
 def text_of_long_work(work: Callable[[], str]) -> str:
-    """What `work` returns on rank 0, on every rank; collective_timeout does not end the waiting."""
+    """Give every rank the result of `work` on rank 0; collective_timeout does not end the wait."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     box = [work() if rank() == 0 else ""]
     dist.broadcast_object_list(box, src=0, group=group)

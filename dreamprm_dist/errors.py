@@ -1,4 +1,4 @@
-"""What whoever runs a command is told: what is wrong as one sentence, and the log."""
+"""Messages to whoever runs a command: what is wrong as one sentence, and the log."""
 
 from __future__ import annotations
 

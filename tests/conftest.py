@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# One thread a process, also in those that tests start: small tensors gain nothing from more, and
+# One thread per process, also in those that tests start: small tensors gain nothing from more, and
 # on busy cores threads wait for each other for minutes. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -47,7 +47,7 @@ def reference_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -> Path:
-    """The small demo data set in 4 shards a level: folders `train` and `meta`.
+    """The small demo data set in 4 shards per level: folders `train` and `meta`.
 
     The first meta question has one solution, the other seven have four.
     """

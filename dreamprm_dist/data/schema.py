@@ -255,7 +255,7 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
 
 
 def starts_with_bracket(path: Path) -> bool:
-    """Whether a file holds a JSON list, not JSONL."""
+    """Whether a file holds a JSON list and not JSONL."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
         while not start and (block := file.read(4096)):

@@ -1,4 +1,4 @@
-"""Which attention runs, and one that forward-mode differentiation knows."""
+"""The choice of attention, and one that forward-mode differentiation knows."""
 
 import contextlib
 import importlib.util

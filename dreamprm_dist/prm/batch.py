@@ -16,7 +16,7 @@ from dreamprm_dist.prm.tiling import image_tiles
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How records become model inputs; the same for training and scoring but for `max_tiles`.
+    """The format of model inputs; the same for training and scoring but for `max_tiles`.
 
     Attributes:
         max_tiles: most tiles of an image, thumbnail not counted.
@@ -35,7 +35,14 @@ class InputFormat:
 
 @dataclass
 class Instance:
-    """One encoded conversation and, for each of its images, tiles (tiles, 3, size, size)."""
+    """One encoded conversation and the images that it shows.
+
+    Attributes:
+        encoded: tokens, step positions and step targets.
+        images: for each image its tiles, (tiles, 3, size, size).
+        sample_id: of a training instance, else -1.
+        true_false: of a meta instance, whether its final answer is right.
+    """
 
     encoded: EncodedConversation
     images: list[Tensor]

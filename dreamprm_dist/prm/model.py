@@ -27,7 +27,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class StepOutput(NamedTuple):
-    """What the PRM says at n step positions.
+    """The PRM's output at n step positions.
 
     Attributes:
         logits: (n, vocabulary).

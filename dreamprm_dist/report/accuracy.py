@@ -57,7 +57,7 @@ def table_subjects(results: Mapping) -> str:
 
 
 def table_steps(results: Mapping) -> str:
-    """How well single steps are judged, where steps have labels."""
+    """Quality of the step scores, where steps have labels."""
     rows = [
         (label_of(label), f"{row['num_steps']:,}", decimal(row["auroc"], 3),
          decimal(row["brier"], 3), decimal(row["calibration_error"], 3))

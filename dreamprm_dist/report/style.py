@@ -69,7 +69,7 @@ def decimal(value: object, digits: int = 2) -> str:
 
 
 def percent(value: object) -> str:
-    """A share as per cent, or a dash."""
+    """A fraction as a percentage, or a dash."""
     return f"{number(value):.1%}" if math.isfinite(number(value)) else "–"
 
 
