@@ -11,24 +11,30 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_tools.mmmu import join_candidates, write_questions
-from data_tools.record_files import RecordWriter, image_prefix, with_prefix
+from data_tools.record_files import (
+    RecordWriter,
+    add_output,
+    image_prefix,
+    read_with_progress,
+    with_prefix,
+)
 from dreamprm_dist.data.schema import (
     QUESTION_PREFIX,
     SOLUTION_MARK,
     MetaRecord,
+    Turn,
     parse_meta_record,
     parse_training_record,
-    read_json_records,
+    require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, step_turns
 
 
 def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:
@@ -48,18 +54,18 @@ def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool 
         raise RecordError("'question' must be a text.")
     if not isinstance(steps, list) or not steps:
         raise RecordError("'steps_with_score' must be a non-empty list.")
-    turns: list[dict] = [{"from": "system", "value": SYSTEM_PROMPT}]
+    texts, labels = [], []
     for i, step in enumerate(steps):
         text = step.get("step") if isinstance(step, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise RecordError(f"steps_with_score[{i}] has no text in 'step'.")
-        label = _label(step, i, threshold)
-        if i == 0:
-            text = f"{QUESTION_PREFIX}{question}\n\n{SOLUTION_MARK}\n{text}"
-        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": label}]
-        if stop_at_first_minus and label == "-":
+        texts.append(text)
+        labels.append(_label(step, i, threshold))
+        if stop_at_first_minus and labels[-1] == "-":
             break
-    return checked_training({**record, "conversations": turns})
+    texts[0] = f"{QUESTION_PREFIX}{question}\n\n{SOLUTION_MARK}\n{texts[0]}"
+    system: Turn = {"from": "system", "value": SYSTEM_PROMPT}
+    return checked_training({**record, "conversations": [system, *step_turns(texts, labels)]})
 
 
 def _label(step: dict, index: int, threshold: float) -> str | None:
@@ -67,8 +73,7 @@ def _label(step: dict, index: int, threshold: float) -> str | None:
     if total == 0 and not isinstance(total, bool):
         return None
     score = step.get("score")
-    is_number = isinstance(score, int | float) and not isinstance(score, bool)
-    if not is_number or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise RecordError(f"steps_with_score[{index}]: 'score' must be a finite number.")
     return "+" if score > threshold else "-"
 
@@ -126,17 +131,16 @@ def convert_files(
         for path in inputs:
             root = path.parent if image_root is None else image_root
             prefix = image_prefix(root, out)
-            for line, record in _progress(read_json_records(path), path):
+            for line, raw in read_with_progress(path):
                 try:
-                    if isinstance(record, RecordError):
-                        raise record
+                    record = require_object(raw)
                     if name_dataset and not record.get("dataset"):
                         record["dataset"] = path.stem
                     converted = convert(record)
                     if check_images:
                         _require_images(converted, root)
                 except RecordError as error:
-                    writer.reject(path, line, record, str(error))
+                    writer.reject(path, line, raw, str(error))
                 else:
                     writer.write(with_prefix(converted, prefix))
     return writer
@@ -149,19 +153,14 @@ def _require_images(record: dict, root: Path) -> None:
             raise RecordError(f"image {path!r}: not in {root}; correct the path or --image_root.")
 
 
-def _progress(records: Iterable, path: Path) -> Iterator:
-    return tqdm(records, desc=path.name, unit="rec", disable=None)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.convert",
         description="Turn downloaded data files into records, as JSONL. What is not taken is "
         "listed in <out>.rejected.jsonl with file, line, id and reason.",
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
-    common.add_argument("--overwrite", action="store_true", help="replace what is there")
+    output = argparse.ArgumentParser(add_help=False)
+    add_output(output)
     images = argparse.ArgumentParser(add_help=False)
     images.add_argument("inputs", type=Path, nargs="+", help="JSONL files or JSON lists")
     images.add_argument(
@@ -177,15 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=what, description=what, parents=[*parents, common])
+        return commands.add_parser(name, help=what, description=what, parents=[*parents, output])
 
-    raw = command("raw", "raw VisualPRM400K, a file a data set, to training records", images)
+    raw = command("raw", "raw VisualPRM400K, one file per data set, to training records", images)
     raw.add_argument("--threshold", type=float, default=0.0, help="+ above this score (default: 0)")
     raw.add_argument(
         "--stop_at_first_minus", action="store_true", help="end a solution at its first -"
     )
     command(
-        "conversations", "VisualPRM conversations, a file a data set, to training records", images
+        "conversations",
+        "VisualPRM conversations, one file per data set, to training records",
+        images,
     )
     reference = command("reference", "train or meta JSON of the reference implementation", images)
     reference.add_argument("--kind", choices=("training", "meta"), required=True)
@@ -218,12 +219,13 @@ def main(argv: list[str] | None = None) -> None:
             args.questions, args.candidates, args.out, args.kind, args.overwrite
         )
     else:
-        convert = checked_training
+        convert: Callable[[dict], dict] = checked_training
         if args.command == "raw":
-
-            def convert(record: dict) -> dict:
-                return convert_raw(record, args.threshold, args.stop_at_first_minus)
-
+            convert = partial(
+                convert_raw,
+                threshold=args.threshold,
+                stop_at_first_minus=args.stop_at_first_minus,
+            )
         elif args.command == "reference" and args.kind == "meta":
             convert = checked_meta
         writer = convert_files(
@@ -235,11 +237,8 @@ def main(argv: list[str] | None = None) -> None:
             not args.no_image_check,
             args.overwrite,
         )
-    print(
-        f"{args.out}: {writer.num_written} records, {writer.num_rejected} rejected"
-        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
-        + (f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else "")
-    )
+    unparsed = f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else ""
+    print(writer.summary() + unparsed)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
+from dreamprm_dist.prm.solutions import steps_conversation
 
 TILE_SIZE = 32  # image side, and the tile size of the demo model: 4 x the 8 x 8 digits
 WIDE_RATE = 0.1  # images of two tiles and a thumbnail; few, as each costs 32 tokens more
@@ -84,7 +84,7 @@ class Solution:
     """
 
     steps: tuple[str, str, str]
-    right: tuple[bool, bool, bool]
+    right: tuple[bool, ...]
 
     @property
     def text(self) -> str:
@@ -118,17 +118,6 @@ def make_solution(
         answer = rng.choice([a for a in kind.answers if a != inferred])
     steps = (f"The digit is {seen}.", kind.inference(inferred), f"Answer: {answer}")
     return Solution(steps, tuple(wrong_step == 0 or step < wrong_step for step in (1, 2, 3)))
-
-
-def conversation(question: str, steps: Sequence[str], labels: Sequence[str]) -> list[dict]:
-    """The turns of a record, in the layout in which candidates are scored."""
-    turns = [
-        {"from": "system", "value": SYSTEM_PROMPT},
-        {"from": "human", "value": f"### Question:\n{question}"},
-    ]
-    for step, label in zip(steps, labels, strict=True):
-        turns += [{"from": "human", "value": step}, {"from": "gpt", "value": label}]
-    return turns
 
 
 def digit_image(pixels: np.ndarray, column: int | None = None) -> Image.Image:
@@ -173,10 +162,10 @@ def make_demo_data(
 
     Args:
         out: folder to write to, made if absent.
-        num_train: training records, one a digit while digits last.
-        num_meta: meta records, four a question.
+        num_train: training records, one per digit while digits last.
+        num_meta: meta records, four per question.
         num_test: test questions, four candidates each.
-        flip_rate: the part of the training records in which every label is turned round.
+        flip_rate: the fraction of training records in which every label is flipped.
 
     Returns:
         Figures of what was made: `flipped`, `first_candidate` and `oracle` accuracy (fractions).
@@ -219,12 +208,12 @@ def make_demo_data(
                 "id": f"digit{index}-{kind.name}-{i}",
                 "image": image(index),
                 "dataset": kind.name,
-                "conversations": conversation(kind.question, solution.steps, labels),
+                "conversations": steps_conversation(kind.question, solution.steps, labels=labels),
             }
         )
         truth.append({"flipped": i in flipped, "clean_labels": solution.labels})
 
-    meta = []
+    meta: list[dict] = []
     for i, index in enumerate(split["meta"]):
         kind = KINDS[i % len(KINDS)]
         for number in range(SOLUTIONS_PER_QUESTION):
@@ -236,7 +225,9 @@ def make_demo_data(
                     "dataset": kind.name,
                     "true_false": solution.right[-1],
                     "response": solution.text,
-                    "conversations": conversation(kind.question, solution.steps, solution.labels),
+                    "conversations": steps_conversation(
+                        kind.question, solution.steps, labels=solution.labels
+                    ),
                 }
             )
 
@@ -266,8 +257,7 @@ def make_demo_data(
         )
 
     files = {"train": train, "meta": meta, "shuffled_meta": shuffled_meta, "test": test}
-    files |= {"truth": truth, "split": split}
-    for name, content in files.items():
+    for name, content in {**files, "truth": truth, "split": split}.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     return {
         "flipped": len(flipped) / max(num_train, 1),
@@ -276,12 +266,12 @@ def make_demo_data(
     }
 
 
-def noise_auc(data: Path, scores: Sequence[float]) -> float:
-    """How well a score tells clean instances from flipped ones: 0.5 not at all, 1 fully.
+def noise_auc(data: Path, scores: Sequence[float] | np.ndarray) -> float:
+    """Area under the ROC curve of clean over flipped instances: 0.5 is chance, 1 perfect.
 
     Args:
         data: folder that `make_demo_data` wrote.
-        scores: one a training record, in their order; higher for clean.
+        scores: one per training record, in their order; higher for clean.
     """
     truth = json.loads((data / "truth.json").read_text())
     return float(roc_auc_score([not record["flipped"] for record in truth], scores))

@@ -21,7 +21,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from tqdm import trange
 from transformers import (
-    GotOcr2ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -29,15 +28,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from data_tools.demo_data import (
-    KINDS,
-    TILE_SIZE,
-    Solution,
-    conversation,
-    digit_image,
-    make_solution,
-)
+from data_tools.demo_data import KINDS, TILE_SIZE, Solution, digit_image, make_solution
 from dreamprm_dist.prm.chat import (
+    CHAT_TEMPLATE,
     IGNORE_INDEX,
     IMAGE_CONTEXT,
     IMAGE_END,
@@ -48,8 +41,10 @@ from dreamprm_dist.prm.chat import (
     encode_conversation,
     label_token_ids,
 )
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
-from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
+from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
+from dreamprm_dist.prm.tiling import image_tiles
+from dreamprm_dist.training.export import save_model
 
 PAD = "<|endoftext|>"
 SPECIAL_TOKENS = [PAD, TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT]
@@ -60,12 +55,6 @@ DOWNSAMPLE_RATIO = 0.5
 READING_STEPS, VERIFICATION_STEPS = 150, 700
 BATCH_SIZE, LR = 32, 3e-3
 VERIFICATION_ERRORS = (0.4, 0.3, 0.2, 0.1)  # of no error and of one in each step
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -107,7 +96,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
-    """The real model's configuration, 0.4 M parameters small: 32 px tiles, 4 tokens a tile."""
+    """The real model's configuration, 0.4 M parameters small: 32 px tiles, 4 tokens per tile."""
     text = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
@@ -136,7 +125,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> InternVLConfig:
     return InternVLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
+        image_token_id=tokenizer.get_vocab()[IMAGE_CONTEXT],
         image_seq_length=int((TILE_SIZE / PATCH_SIZE * DOWNSAMPLE_RATIO) ** 2),
         downsample_ratio=DOWNSAMPLE_RATIO,
         tie_word_embeddings=True,  # here, not in the text config, is where InternVL ties them
@@ -154,22 +143,7 @@ def build_tiny_model(
     return model.eval(), tokenizer
 
 
-def save_model(
-    model: InternVLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path | str
-) -> Path:
-    """Write a folder that `from_pretrained` reads, without torchvision; returns its path."""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    GotOcr2ImageProcessorPil(
-        size={"height": TILE_SIZE, "width": TILE_SIZE},
-        crop_to_patches=True,
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    ).save_pretrained(out)
-    return Path(out)
-
-
-def make_tiny_model(out: Path | str, texts: Iterable[str], seed: int = 0) -> Path:
+def make_tiny_model(out: Path, texts: Iterable[str], seed: int = 0) -> Path:
     """Write a tiny InternVL with random weights; see `build_tiny_model`.
 
     Args:
@@ -177,9 +151,11 @@ def make_tiny_model(out: Path | str, texts: Iterable[str], seed: int = 0) -> Pat
         texts: turns' texts for the tokenizer.
 
     Returns:
-        `out`, as a Path.
+        `out`.
     """
-    return save_model(*build_tiny_model(texts, seed), out)
+    model, tokenizer = build_tiny_model(texts, seed)
+    save_model(out, PRM(model), tokenizer)
+    return out
 
 
 def data_texts(data: Path | str) -> list[str]:
@@ -202,8 +178,8 @@ def digit_tiles(digits: list[int], wide: bool) -> Tensor:
 class Pretraining:
     """Teaches a tiny model to read digits, then to verify solutions about them.
 
-    Everything is cached: tiles once a digit, tokens once a text. Batches hold images of one size,
-    so there is next to no padding.
+    Everything is cached: tiles once per digit, tokens once per text. Batches hold images of one
+    size, so there is next to no padding.
 
     Args:
         model: trained in place.
@@ -230,7 +206,7 @@ class Pretraining:
     def _encode(self, kind: int, solution: Solution, tiles: int) -> tuple:
         # Neutral labels in the context: with the real ones there it learns to copy them.
         encoded = encode_conversation(
-            conversation(KINDS[kind].question, solution.steps, solution.labels),
+            steps_conversation(KINDS[kind].question, solution.steps, labels=solution.labels),
             self.tokenizer,
             tiles,
             self.model.config.image_seq_length,
@@ -258,7 +234,7 @@ class Pretraining:
         pad = self.tokenizer.pad_token_id
         return {
             "pixels": pixels.flatten(0, 1),
-            "ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad),
+            "ids": torch.nn.utils.rnn.pad_sequence([*ids], batch_first=True, padding_value=pad),
             "naming": torch.tensor(naming),
             "digits": self.digit_ids[[self.values[row] for row in rows]],
             "steps": torch.tensor(steps),
@@ -314,7 +290,7 @@ class Pretraining:
 
     @torch.no_grad()
     def accuracy(self) -> dict[str, float]:
-        """How many digits are read and how many steps of fresh solutions are judged rightly."""
+        """Shares of digits read correctly and of steps of fresh solutions judged correctly."""
         batch = self.batch(range(len(self.values)), False, VERIFICATION_ERRORS)
         hidden = self.hidden(batch)
         named = self.logits(hidden, batch["naming"])[:, self.digit_ids].argmax(-1)
@@ -337,7 +313,7 @@ def main() -> None:
     pretraining = Pretraining(model, tokenizer, split["train"] + split["meta"], arguments.seed)
     pretraining.train(READING_STEPS, verify=False)
     pretraining.train(VERIFICATION_STEPS, verify=True)
-    save_model(model, tokenizer, arguments.out)
+    save_model(arguments.out, PRM(model), tokenizer)
     held_out = Pretraining(model, tokenizer, split["test"], arguments.seed).accuracy()
     print(
         f"held-out digits: {held_out['digits']:.1%} read, {held_out['steps']:.1%} of steps judged"

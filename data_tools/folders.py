@@ -36,7 +36,7 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
 
 
 def work_folder(out_dir: Path) -> Path:
-    """Where a run works until ``out_dir`` is complete."""
+    """The folder that a run works in until ``out_dir`` is complete."""
     return out_dir.with_name(f"{out_dir.name}.partial")
 
 

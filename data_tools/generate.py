@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import json
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
@@ -35,11 +37,14 @@ except ModuleNotFoundError:
     sys.exit("error: the openai client is not installed; pip install -e .[generate]")
 
 from data_tools.journal import Journal
-from data_tools.record_files import RecordWriter
+from data_tools.record_files import RecordWriter, add_output
 from data_tools.reencode import shard_image
-from dreamprm_dist.data.schema import parse_test_record, read_json_records
+from dreamprm_dist.data.schema import parse_test_record, read_json_records, require_object
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionContentPartParam
 
 PROMPT = """\
 Solve the problem below, step by step. First write [Reasoning] and your reasoning, with a blank \
@@ -56,14 +61,20 @@ _HOPELESS_REQUEST = (400, 413, 422)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How candidates are drawn; the same for all of a file."""
+    """Sampling of candidates, the same for all of a file.
+
+    Attributes:
+        model: the server's name of the model.
+        temperature: 0 takes the likeliest token.
+        max_tokens: length of the longest candidate in tokens.
+    """
 
     model: str
     temperature: float
     max_tokens: int
 
 
-class Wanted(NamedTuple):
+class CandidateRequest(NamedTuple):
     """Sample number ``sample`` of the question at a line of its file."""
 
     line: int
@@ -72,21 +83,25 @@ class Wanted(NamedTuple):
     question: str
     images: tuple[str, ...]
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """The key of its answer in the journal."""
+        return self.id, self.sample
 
-def read_wanted(questions: Path, n: int) -> tuple[list[Wanted], list[tuple]]:
-    """The candidates to ask for, n a question, and (line, record, reason) of what is no question.
+
+def candidate_requests(questions: Path, n: int) -> tuple[list[CandidateRequest], list[tuple]]:
+    """The requests, n per question, and (line, record, reason) of each record that is no question.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    wanted: list[Wanted] = []
+    requests: list[CandidateRequest] = []
     rejected: list[tuple] = []
     seen: set[str] = set()
     for line, raw in read_json_records(questions):
         try:
-            if isinstance(raw, RecordError):
-                raise raw
-            record = parse_test_record({"candidates": [""], "true_false": [False], **raw})
+            no_candidates = {"candidates": [""], "true_false": [False]}
+            record = parse_test_record(no_candidates | require_object(raw))
             if not record.id or record.id in seen:
                 raise RecordError("every question needs an 'id' of its own.")
         except RecordError as error:
@@ -94,11 +109,14 @@ def read_wanted(questions: Path, n: int) -> tuple[list[Wanted], list[tuple]]:
             continue
         seen.add(record.id)
         images = tuple(record.images)
-        wanted += [Wanted(line, record.id, i, record.question, images) for i in range(n)]
-    return wanted, rejected
+        requests += [
+            CandidateRequest(line, record.id, sample, record.question, images)
+            for sample in range(n)
+        ]
+    return requests, rejected
 
 
-class Asking:
+class CandidateRequests:
     """The requests of one run, some of them at a time.
 
     Attributes:
@@ -111,24 +129,24 @@ class Asking:
     ) -> None:
         self.client, self.sampling, self.journal = client, sampling, journal
         self.image_root = image_root
-        self.rejected: list[tuple[Wanted, str]] = []
-        self.failed: list[tuple[Wanted, str]] = []
+        self.rejected: list[tuple[CandidateRequest, str]] = []
+        self.failed: list[tuple[CandidateRequest, str]] = []
         self._failures_in_a_row = 0
 
-    async def ask_all(self, wanted: list[Wanted], concurrency: int) -> None:
+    async def ask_all(self, requests: list[CandidateRequest], concurrency: int) -> None:
         """Ask for what the journal lacks.
 
         Raises:
             InputError: the server is down, or refuses whatever it is asked.
         """
-        missing = [want for want in wanted if (want.id, want.sample) not in self.journal.rows]
+        missing = [request for request in requests if request.key not in self.journal.rows]
         todo = iter(missing)
-        done = len(wanted) - len(missing)
-        bar = tqdm(total=len(wanted), initial=done, unit="candidate", disable=None)
+        done = len(requests) - len(missing)
+        bar = tqdm(total=len(requests), initial=done, unit="candidate", disable=None)
 
         async def work() -> None:
-            for want in todo:
-                await self._ask(want)
+            for request in todo:
+                await self._ask(request)
                 bar.update()
 
         with bar:
@@ -140,11 +158,11 @@ class Asking:
                     for task in tasks:
                         task.cancel()
 
-    async def _ask(self, want: Wanted) -> None:
+    async def _ask(self, request: CandidateRequest) -> None:
         try:
-            answer = await self._answer(want)
+            answer = await self._answer(request)
         except RecordError as error:
-            self.rejected.append((want, str(error)))
+            self.rejected.append((request, str(error)))
         except _HOPELESS_SERVER as error:
             raise InputError(
                 f"the server refuses ({_shown(error)}); check --model, --base_url and "
@@ -153,9 +171,9 @@ class Asking:
         except (OpenAIError, ValueError) as error:
             status = error.status_code if isinstance(error, APIStatusError) else None
             if status in _HOPELESS_REQUEST:
-                self.rejected.append((want, _shown(error)))
+                self.rejected.append((request, _shown(error)))
                 return
-            self.failed.append((want, _shown(error)))
+            self.failed.append((request, _shown(error)))
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:
                 raise InputError(
@@ -165,17 +183,17 @@ class Asking:
         else:
             self._failures_in_a_row = 0
             self.journal.add(
-                {"id": want.id, "sample": want.sample, **answer, **asdict(self.sampling)}
+                {"id": request.id, "sample": request.sample, **answer, **asdict(self.sampling)}
             )
 
-    async def _answer(self, want: Wanted) -> dict:
-        parts = [
+    async def _answer(self, request: CandidateRequest) -> dict:
+        parts: list[ChatCompletionContentPartParam] = [
             {"type": "image_url", "image_url": {"url": _data_url(self.image_root / path, path)}}
-            for path in want.images
+            for path in request.images
         ]
-        text = {"type": "text", "text": PROMPT + want.question}
+        parts.append({"type": "text", "text": PROMPT + request.question})
         response = await self.client.chat.completions.create(
-            messages=[{"role": "user", "content": [*parts, text]}], **asdict(self.sampling)
+            messages=[{"role": "user", "content": parts}], **asdict(self.sampling)
         )
         try:  # the client does not check what a server answers
             choice, usage = response.choices[0], response.usage
@@ -239,33 +257,34 @@ def generate_file(
             raise InputError(f"{name} must be 1 or more, not {value}.")
     root = questions.parent if image_root is None else image_root
     writer = RecordWriter(out, overwrite)
-    wanted, no_questions = read_wanted(questions, n)
-    keys = {(want.id, want.sample) for want in wanted}
-    with Journal(out.with_name(f"{out.name}.partial"), keys, asdict(sampling)) as journal:
+    requests, no_questions = candidate_requests(questions, n)
+    keys = {request.key for request in requests}
+    partial = out.with_name(f"{out.name}.partial")
+    with closing(Journal(partial, keys, asdict(sampling))) as journal:
         client = AsyncOpenAI(
             base_url=base_url,
             api_key=os.environ.get(KEY_VARIABLE) or "none",  # a server of one's own wants none
             timeout=timeout,
             max_retries=retries,
         )
-        asking = Asking(client, sampling, root, journal)
-        asyncio.run(asking.ask_all(wanted, concurrency))
-        if asking.failed and not allow_missing:
+        asked = CandidateRequests(client, sampling, root, journal)
+        asyncio.run(asked.ask_all(requests, concurrency))
+        if asked.failed and not allow_missing:
             raise InputError(
-                f"{len(asking.failed)} of {len(wanted)} candidates did not come, the first "
-                f"because: {asking.failed[0][1]}. The others are kept: run again, or with "
+                f"{len(asked.failed)} of {len(requests)} candidates did not come, the first "
+                f"because: {asked.failed[0][1]}. The others are kept: run again, or with "
                 "--allow_missing."
             )
         with writer:
             for line, record, reason in no_questions:
                 writer.reject(questions, line, record, reason)
-            for want in wanted:
-                if (want.id, want.sample) in journal.rows:
-                    writer.write(journal.rows[want.id, want.sample])
-            for want, reason in sorted(asking.rejected + asking.failed):
-                reason = f"candidate {want.sample}: {reason}"
-                writer.reject(questions, want.line, {"id": want.id}, reason)
-        journal.path.unlink()
+            for request in requests:
+                if request.key in journal.rows:
+                    writer.write(journal.rows[request.key])
+            for request, reason in sorted(asked.rejected + asked.failed):
+                reason = f"candidate {request.sample}: {reason}"
+                writer.reject(questions, request.line, {"id": request.id}, reason)
+        partial.unlink()
     return writer
 
 
@@ -278,10 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("questions", type=Path, help="what `data_tools.convert mmmu` wrote")
-    add("--out", type=Path, required=True, help="the .jsonl file to write")
     add("--base_url", required=True, help="of the server, such as http://localhost:8000/v1")
     add("--model", required=True, help="what the server calls the model")
-    add("--n", type=int, default=8, help="candidates a question (default: 8)")
+    add("--n", type=int, default=8, help="candidates per question (default: 8)")
     add("--temperature", type=float, default=0.7, help="0: the likeliest token (default: 0.7)")
     add("--max_tokens", type=int, default=2048, help="longest candidate (default: 2048)")
     add("--concurrency", type=int, default=16, help="requests at a time (default: 16)")
@@ -291,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     prices = "of a million tokens read and a million written, to print the cost"
     add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help=prices)
     add("--allow_missing", action="store_true", help="write out although candidates did not come")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add_output(parser)
     args = parser.parse_args(argv)
     writer = generate_file(
         args.questions,
@@ -307,17 +325,14 @@ def main(argv: list[str] | None = None) -> None:
         args.overwrite,
     )
     tokens = [0, 0]
-    for _, row in read_json_records(args.out):
-        tokens[0] += row["prompt_tokens"]
-        tokens[1] += row["completion_tokens"]
-    cost = ""
+    with args.out.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            tokens[0] += row["prompt_tokens"]
+            tokens[1] += row["completion_tokens"]
+    used = f"candidates, {tokens[0]:,} + {tokens[1]:,} tokens"
     if args.prices:
-        cost = f", cost {sum(t * p for t, p in zip(tokens, args.prices, strict=True)) / 1e6:.2f}"
-    print(
-        f"{args.out}: {writer.num_written} candidates, {tokens[0]:,} + {tokens[1]:,} tokens{cost}, "
-        f"{writer.num_rejected} rejected"
-        + (f" (see {writer.rejected_path})" if writer.num_rejected else "")
-    )
+        used += f", cost {sum(t * p for t, p in zip(tokens, args.prices, strict=True)) / 1e6:.2f}"
+    print(writer.summary(used))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 from dreamprm_dist.data.schema import read_json_records
 from dreamprm_dist.errors import InputError, RecordError
@@ -11,7 +10,7 @@ from dreamprm_dist.files import JsonLines
 
 
 class Journal:
-    """Rows with an ``id`` and a ``sample``, one line each; a context manager that holds a lock.
+    """Rows with an ``id`` and a ``sample``, one line each; locked until it is closed.
 
     Attributes:
         rows: by (id, sample), those of earlier runs included.
@@ -22,31 +21,24 @@ class Journal:
     """
 
     def __init__(self, path: Path, keys: set[tuple[str, int]], settings: dict) -> None:
-        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: dict[tuple[str, int], dict] = {}
         self._lines = JsonLines(path, lock=True)
         for line, row in read_json_records(path):
-            key = None if isinstance(row, RecordError) else (row.get("id"), row.get("sample"))
-            if key not in keys or key in self.rows or not settings.items() <= row.items():
+            found = {} if isinstance(row, RecordError) else row
+            key = (found.get("id", ""), found.get("sample", -1))
+            if key not in keys or key in self.rows or not settings.items() <= found.items():
                 raise InputError(
                     f"{path}, line {line}: was not asked for by this command; run the command that "
                     "did it again, or delete the file."
                 )
-            self.rows[key] = row
+            self.rows[key] = found
 
     def add(self, row: dict) -> None:
         """Write a row; when this returns, a kill does not lose it."""
         self._lines.add(row)
         self.rows[row["id"], row["sample"]] = row
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Give up the lock."""
         self._lines.close()

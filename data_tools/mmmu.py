@@ -12,7 +12,7 @@ import io
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -25,6 +25,7 @@ from dreamprm_dist.data.schema import (
     parse_meta_record,
     parse_test_record,
     read_json_records,
+    require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.grading import grade
@@ -176,11 +177,11 @@ def _rows(source: Path, split: str | None) -> Iterator[tuple[str, int, dict]]:
     )
 
 
-def _chosen(source: Path, split: str | None, names: object) -> str:
-    names = sorted(names)
+def _chosen(source: Path, split: str | None, splits: Iterable[str]) -> str:
+    names = sorted(splits)
     if split is None and len(names) == 1:
         return names[0]
-    if split not in names:
+    if split is None or split not in names:
         raise InputError(f"{source}: choose one of its splits with --split: {', '.join(names)}.")
     return split
 
@@ -215,17 +216,18 @@ def join_candidates(
     num_unparsed = 0
     with RecordWriter(out, overwrite) as writer:
         by_question: dict[str, list[tuple[int, dict]]] = {}
-        for line, candidate in read_json_records(candidates):
-            if isinstance(candidate, RecordError):
-                writer.reject(candidates, line, candidate, str(candidate))
-            elif not isinstance(candidate.get("id"), str):
-                writer.reject(candidates, line, candidate, "'id' must be the question's id.")
+        for line, raw in read_json_records(candidates):
+            try:
+                candidate = require_object(raw)
+                if not isinstance(candidate.get("id"), str):
+                    raise RecordError("'id' must be the question's id.")
+            except RecordError as error:
+                writer.reject(candidates, line, raw, str(error))
             else:
                 by_question.setdefault(candidate["id"], []).append((line, candidate))
-        for line, question in read_json_records(questions):
+        for line, raw in read_json_records(questions):
             try:
-                if isinstance(question, RecordError):
-                    raise question
+                question = require_object(raw)
                 found = by_question.pop(str(question.get("id")), [])
                 judged = []
                 for candidate_line, candidate in found:
@@ -241,7 +243,7 @@ def join_candidates(
                 for record in _joined(question, judged, kind):
                     writer.write(with_prefix(record, prefix))
             except RecordError as error:
-                writer.reject(questions, line, question, str(error))
+                writer.reject(questions, line, raw, str(error))
         for left in by_question.values():
             for line, candidate in left:
                 writer.reject(candidates, line, candidate, "no question has this id.")

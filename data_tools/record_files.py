@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from dreamprm_dist.errors import InputError
+from tqdm import tqdm
+
+from dreamprm_dist.data.schema import read_json_records
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.files import whole_file
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that writes records."""
+    parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def read_with_progress(path: Path) -> Iterable[tuple[int, dict | RecordError]]:
+    """As `read_json_records`, with a progress bar on a terminal."""
+    return tqdm(read_json_records(path), desc=path.name, unit="rec", disable=None)
+
+
 def image_prefix(root: Path, out: Path) -> str:
-    """What goes in front of an image path from ``root`` to make it start from ``out``'s folder."""
+    """The path that makes an image path from ``root`` start from ``out``'s folder."""
     return os.path.relpath(root.resolve(), out.resolve().parent)
 
 
@@ -81,6 +97,11 @@ class RecordWriter:
         self._rejected.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self.num_rejected += 1
         self._first_reason = self._first_reason or f"{file}, line {line}: {reason}"
+
+    def summary(self, written: str = "records", rejected: str = "rejected") -> str:
+        """One line for whoever ran the command; the words say what the two counts are of."""
+        see = f" (see {self.rejected_path})" if self.num_rejected else ""
+        return f"{self.path}: {self.num_written} {written}, {self.num_rejected} {rejected}{see}"
 
     def __exit__(
         self,

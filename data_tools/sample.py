@@ -13,8 +13,8 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data_tools.record_files import RecordWriter, image_prefix, with_prefix
-from dreamprm_dist.data.schema import read_json_records
+from data_tools.record_files import RecordWriter, add_output, image_prefix, with_prefix
+from dreamprm_dist.data.schema import read_json_records, require_object
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
 
@@ -22,7 +22,7 @@ BALANCES = ("final", "steps", "none")
 
 
 def label_class(record: dict, balance: str) -> str | None:
-    """Whether a record counts as ``+`` or ``-``; None when it has no label to tell by.
+    """The class of a record, ``+`` or ``-``; None when it has no label to tell by.
 
     ``final``: by ``true_false`` where there is one, else by the last step. ``steps``: ``-`` when
     any step is ``-``, ``+`` when none is and some step is labelled. ``none``: always ``+``.
@@ -87,16 +87,17 @@ def sample_file(
     prefix = image_prefix(source.parent, out)
     strata: dict[str, dict[str, list[int]]] = {"+": defaultdict(list), "-": defaultdict(list)}
     with RecordWriter(out, overwrite) as writer:
-        for line, record in read_json_records(source):
+        for line, raw in read_json_records(source):
             try:
-                dataset, label = _facts(record, balance)
+                dataset, label = _facts(require_object(raw), balance)
             except RecordError as error:
-                writer.reject(source, line, record, str(error))
+                writer.reject(source, line, raw, str(error))
             else:
                 strata[label][dataset].append(line)
         chosen = _choose(strata, n, seed, balance)
         for line, record in read_json_records(source):
             if line in chosen:
+                assert isinstance(record, dict), f"{source} changed while it was read"
                 writer.write(with_prefix(record, prefix))
     drawn: dict[str, dict[str, int]] = {}
     for dataset, label in chosen.values():
@@ -104,9 +105,7 @@ def sample_file(
     return {name: dict(drawn[name]) for name in sorted(drawn)}
 
 
-def _facts(record: dict | RecordError, balance: str) -> tuple[str, str]:
-    if isinstance(record, RecordError):
-        raise record
+def _facts(record: dict, balance: str) -> tuple[str, str]:
     dataset = record.get("dataset") or ""
     try:
         label = label_class(record, balance)
@@ -153,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("source", type=Path, help="records, JSONL or a JSON list")
-    add("--out", type=Path, required=True, help="the .jsonl file to write")
     add("--n", type=int, required=True, help="records to draw")
     add("--seed", type=int, default=1, help="(default: 1)")
     add(
@@ -163,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         help="what makes a record negative: its final label, any - step, or nothing (default: "
         "final)",
     )
-    add("--overwrite", action="store_true", help="replace what is there")
+    add_output(parser)
     args = parser.parse_args(argv)
     drawn = sample_file(args.source, args.out, args.n, args.seed, args.balance, args.overwrite)
     for name, counts in drawn.items():

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class _Accepted(NamedTuple):
     block_starts: list[int]  # the first sample_id of each block
     num_records: int
-    group_ids: list[int]  # one a record of a meta file; empty for a training file
+    group_ids: list[int]  # one per record of a meta file; empty for a training file
     num_rejected: int
 
 
@@ -66,7 +66,7 @@ def shard_file(
     appears at ``out_dir`` only when it is complete; ``overwrite`` replaces a finished one. Until
     then the work lies in ``<out_dir>.partial``, where a later call with the same arguments goes on
     from it; images that changed since are not noticed. Memory does not grow with the number of
-    training records; of a meta file a number a record is held.
+    training records; of a meta file one number per record is held.
 
     Args:
         in_order: how a function is applied to many items, such as what `start_workers` gives.
@@ -170,9 +170,8 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
     blocks = list(find_blocks(job.lines))
     if not blocks:
         raise InputError(f"{source}: holds no record; give a file that has some.")
-    rows, group_ids, num_rejected = [], [], 0
+    rows, group_ids, num_rejected, first = [], [], 0, ""
     group_of: dict[str, int] = {}
-    first: dict | None = None
     total = sum(block.num_records for block in blocks)
     with (
         (job.shards / REJECTED).open("w", encoding="utf-8", newline="\n") as file,
@@ -183,13 +182,13 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
             group_ids += [group_of.setdefault(key, len(group_of)) for key in made["group_keys"]]
             for entry in made["rejected"]:
                 file.write(_json_text(entry) + "\n")
-                first = first or entry
+                first = first or f"at line {entry['line']}, because: {entry['reason']}"
             num_rejected += len(made["rejected"])
             bar.update(made["rows"] + len(made["rejected"]))
     if not any(rows):
         raise InputError(
             f"{source}: all {num_rejected} records were rejected, so there is nothing to write; "
-            f"the first, at line {first['line']}, because: {first['reason']}"
+            f"the first, {first}"
         )
     *starts, num_records = accumulate(rows, initial=0)
     return _Accepted(starts, num_records, group_ids, num_rejected)
@@ -261,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         "--num_shards",
         type=int,
         default=8,
-        help="shards a folder; the number of ranks must divide it (default: 8)",
+        help="shards per folder; the number of ranks must divide it (default: 8)",
     )
     add("--meta_num_shards", type=int, help="shards of the meta folder (default: --num_shards)")
     add(

@@ -1,5 +1,5 @@
-"""What sharding does in its workers: a block of the source's lines becomes a file of checked rows,
-and rows of many blocks become a shard.
+"""The work of sharding's workers: a block of the source's lines becomes a file of checked rows, and
+rows of many blocks become a shard.
 
 Every image is read, checked and re-encoded once, when its block is made. A block's rows lie in an
 Arrow file, of which a shard maps the few rows that it needs. Both kinds of file are kept over a
@@ -59,7 +59,7 @@ _NUMBERED = ("sample_id", "group_id")  # known when all blocks are made
 class Block(NamedTuple):
     """Lines of the source: bytes ``start`` to ``end``, of which ``line`` is the first."""
 
-    index: int
+    number: int
     start: int
     end: int
     line: int
@@ -69,14 +69,21 @@ class Block(NamedTuple):
 class Shard(NamedTuple):
     """A shard's rows by sample_id, in order, and their group_ids (None in a training shard)."""
 
-    index: int
+    number: int
     sample_ids: Sequence[int]
     group_ids: Sequence[int] | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all pieces of a job share; ``lines`` is its source as JSONL."""
+    """A source and how it is sharded, the same for all pieces.
+
+    Attributes:
+        lines: the source as JSONL.
+        kind: "training" or "meta".
+        image_root: folder that image paths start from.
+        work: folder for the pieces.
+    """
 
     lines: Path
     kind: str
@@ -117,16 +124,17 @@ def make_block(job: Job, block: Block) -> dict:
 
     Returns:
         ``rows``, the number stored; ``rejected``, a dict of line, id and reason for each of the
-        others; for meta records ``group_keys``, one a row: equal for solutions of one question.
+        others; for meta records ``group_keys``, one per row: equal for solutions of one question.
     """
-    note = job.blocks / f"block-{block.index:06d}.json"
-    return make_once(job.block_file(block.index), note, partial(_write_block, job, block))
+    note = job.blocks / f"block-{block.number:06d}.json"
+    return make_once(job.block_file(block.number), note, partial(_write_block, job, block))
 
 
 def _write_block(job: Job, block: Block, path: Path) -> dict:
     _shard_image.cache_clear()  # an earlier block's images may have changed since
     schema = job.block_schema()
-    rejected, group_keys, buffer = [], [], []
+    rejected, group_keys = [], []
+    buffer: list[dict] = []
     num_rows = buffered_bytes = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
@@ -168,13 +176,13 @@ def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | Reco
 
 def _row(record: TrainingRecord, image_root: Path) -> dict:
     images = [_shard_image(str(image_root / image), image) for image in record.images]
-    # 16 rows of a row group must stay below Arrow's 2 GiB a column.
+    # 16 rows of a row group must stay below Arrow's 2 GiB per column.
     if sum(len(data) for data, _ in images) > MAX_IMAGE_BYTES:
         raise RecordError(
             f"its {len(images)} images have more than {MAX_IMAGE_BYTES >> 20} MiB together; "
             "use fewer or smaller ones."
         )
-    row = {
+    row: dict[str, object] = {
         "source_id": record.source_id,
         "dataset": record.dataset,
         "conversations": json.dumps(record.conversations, ensure_ascii=False),
@@ -196,7 +204,7 @@ def make_shard(job: Job, block_starts: Sequence[int], shard: Shard) -> dict:
     Returns:
         The shard's entry in the manifest: ``file``, ``rows`` and ``sha256``.
     """
-    name = f"shard-{shard.index:05d}"
+    name = f"shard-{shard.number:05d}"
     path = job.shards / f"{name}.parquet"
     make = partial(_write_shard, job, block_starts, shard)
     return make_once(path, job.work / f"{name}.json", make)
@@ -215,7 +223,7 @@ def _write_shard(job: Job, block_starts: Sequence[int], shard: Shard, path: Path
             if shard.group_ids is not None:
                 columns["group_id"] = list(shard.group_ids[some])
             writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP_ROWS)
-    return {"file": f"shard-{shard.index:05d}.parquet", "rows": len(shard.sample_ids)}
+    return {"file": f"shard-{shard.number:05d}.parquet", "rows": len(shard.sample_ids)}
 
 
 def _stored_row(job: Job, block_starts: Sequence[int], sample_id: int) -> pa.Table:

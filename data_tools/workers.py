@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 InOrder = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]
 
-AHEAD = 3  # items a worker that are under way or wait for their turn: bounds what is held
+AHEAD = 3  # items per worker that are under way or wait for their turn: bounds what is held
 
 
 @contextmanager
@@ -43,7 +43,9 @@ def start_workers(count: int) -> Iterator[InOrder | None]:
         from mpi4py.futures import MPICommExecutor
 
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-            yield None if executor is None else partial(_in_order, executor, AHEAD * (ranks - 1))
+            ahead = AHEAD * (ranks - 1)
+            # An MPIPoolExecutor, which mpi4py's annotations do not say.
+            yield None if executor is None else partial(_in_order, executor, ahead)  # type: ignore[arg-type]
     elif count > 1:
         # spawn: a forked worker would inherit locks, and the threads of whoever calls this.
         context = multiprocessing.get_context("spawn")
@@ -76,10 +78,11 @@ def _in_order(
 
 def _end_with_parent() -> None:
     """A worker of a killed parent would wait for ever."""
-    parent = multiprocessing.parent_process().sentinel
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        wait([parent])
+        wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -105,7 +105,7 @@ def naming_lost_ranks() -> Iterator[None]:
 
 
 def _absent(patience: timedelta) -> str:
-    """Who does not answer: rank 0 waits for a sign of every other rank, and these for its reply."""
+    """Name the ranks that do not answer: rank 0 waits for a sign of each, these for its reply."""
     end = time.monotonic() + patience.total_seconds()
 
     def wait(message: dist.Work | None) -> None:
@@ -162,7 +162,12 @@ def _adopt_launcher_environment() -> None:
 
 
 class Started(NamedTuple):
-    """This process, as mpirun or srun describe it."""
+    """This process as mpirun or srun describe it.
+
+    Attributes:
+        launcher: "mpirun" or "srun".
+        rank, world_size: this process's number, and how many processes were started.
+    """
 
     launcher: str
     rank: int

@@ -122,7 +122,9 @@ class Demo:
         print(f"{stage} ...", end=" ", flush=True)
         start = time.monotonic()
         # The ranks of a stage share the cores; more threads than cores would wait for each other.
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // NUM_RANKS))}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // NUM_RANKS))
+        }
         with log.open("w") as output:
             output.write(" ".join(command) + "\n\n")
             output.flush()

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# One thread a process, also in those that tests start: small tensors gain nothing from more, and
+# One thread per process, also in those that tests start: small tensors gain nothing from more, and
 # on busy cores threads wait for each other for minutes. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -36,8 +36,17 @@ def tiny_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_prm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -> Path:
-    """A model folder: the demo's tiny InternVL with random weights, tokenizer and processor."""
-    return make_tiny_model(tmp_path_factory.mktemp("prm"), data_texts(tiny_data_dir), seed=0)
+    """A model folder: the demo's tiny InternVL with random weights, tokenizer and processor.
+
+    Its config asks for dropout of every kind, as one that others have made may do.
+    """
+    folder = make_tiny_model(tmp_path_factory.mktemp("prm"), data_texts(tiny_data_dir), seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    kinds = ("attention_dropout", "hidden_dropout_prob", "projection_dropout")
+    config["vision_config"] |= dict.fromkeys(kinds, 0.1)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -51,16 +60,30 @@ def reference_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -> Path:
-    """The small demo data set in 4 shards a level: folders `train` and `meta`.
+    """The small demo data set in 4 shards per level: folders `train` and `meta`.
 
-    The first meta question has one solution, the other seven have four.
+    The first meta question has one solution, the other seven have four. A few steps are unlabelled,
+    of one training record all.
     """
     out = tmp_path_factory.mktemp("shards")
-    shard_file(tiny_data_dir / "train.json", out / "train", "training", 4, progress=False)
-    meta = out / "meta.json"
-    meta.write_text(json.dumps(json.loads((tiny_data_dir / "meta.json").read_text())[3:]))
-    shard_file(meta, out / "meta", "meta", 4, progress=False, image_root=tiny_data_dir)
+    train, meta = (
+        json.loads((tiny_data_dir / f"{name}.json").read_text()) for name in ("train", "meta")
+    )
+    for record, steps in ((train[8], [2]), (train[21], [0, 1]), (train[34], [0, 1, 2])):
+        unlabel(record, steps)
+    unlabel(meta[5], [1])
+    for name, kind, records in (("train", "training", train), ("meta", "meta", meta[3:])):
+        source = out / f"{name}.json"
+        source.write_text(json.dumps(records))
+        shard_file(source, out / name, kind, 4, progress=False, image_root=tiny_data_dir)
     return out
+
+
+def unlabel(record: dict, steps: list[int]) -> None:
+    """Take the labels of some steps away from a record."""
+    turns = [turn for turn in record["conversations"] if turn["from"] == "gpt"]
+    for step in steps:
+        turns[step]["value"] = None
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from dreamprm_dist.errors import RecordError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_IMAGE_BYTES = 64 << 20  # 16 rows of one such image stay below Arrow's 2 GiB a column chunk
+MAX_IMAGE_BYTES = 64 << 20  # 16 rows of one such image stay below Arrow's 2 GiB per column chunk
 
 
 def read_image(path: str | Path, shown: str) -> tuple[bytes, Image.Image]:

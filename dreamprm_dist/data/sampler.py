@@ -1,4 +1,4 @@
-"""Which rows make up a global batch: a pure function of integers.
+"""The rows of a global batch: a pure function of integers.
 
 Draw d of the run comes from shard d mod S, whose own draws are an endless sequence of seeded
 permutations of its rows; global batch t is draws t*G to (t+1)*G - 1. Rank r of W owns the shards

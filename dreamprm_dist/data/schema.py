@@ -7,10 +7,10 @@ with the record; whoever knows the file and line puts them in front.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, TypedDict
 
 from dreamprm_dist.errors import RecordError
 
@@ -23,25 +23,37 @@ SOLUTION_MARK = "### Solution Process:"
 MAX_LINE_BYTES = 16 << 20  # a longer line is garbage; it is skipped without being held
 _BOM = b"\xef\xbb\xbf"
 
+# Functional syntax, as "from" is a keyword.
+TextTurn = TypedDict("TextTurn", {"from": Literal["system", "human"], "value": str})
+StepTurn = TypedDict("StepTurn", {"from": Literal["gpt"], "value": str | None})
+Turn = TextTurn | StepTurn  # a step's value is its label: "+", "-" or None, unlabelled
+
 
 @dataclass
 class TrainingRecord:
-    """One solution with a label a step.
+    """One solution with a label per step.
 
-    ``source_id`` is the file's own ``id`` as text ("" when absent; it may repeat or be "-1").
-    ``conversations`` holds dicts with exactly the keys ``from`` ("system", "human" or "gpt") and
-    ``value`` (text; for a gpt turn "+", "-" or None = unlabelled).
+    Attributes:
+        source_id: the file's own ``id`` as text; "" when absent, and it may repeat or be "-1".
+        images: image paths as the file has them.
+        conversations: turns with exactly the keys of `Turn`.
+        dataset: the name of the data set, "" when absent.
     """
 
     source_id: str
     images: list[str]
-    conversations: list[dict]
+    conversations: list[Turn]
     dataset: str = ""
 
 
 @dataclass(kw_only=True)
 class MetaRecord(TrainingRecord):
-    """A training record that also says whether the solution's final answer is right."""
+    """A training record that also says whether the solution's final answer is right.
+
+    Attributes:
+        true_false: whether it is.
+        response: the solution's text, "" when absent.
+    """
 
     true_false: bool
     response: str = ""
@@ -51,7 +63,13 @@ class MetaRecord(TrainingRecord):
 class TestRecord:
     """A question with N candidate solutions, and for each whether its final answer is right.
 
-    ``step_labels`` are, where they are known, those of each candidate's steps ("+", "-" or None).
+    Attributes:
+        question: the question's text, with its options where it has any.
+        images: image paths as the file has them.
+        candidates, true_false: N solutions, and whether each one's final answer is right.
+        id, subject, answer: as the file has them, "" when absent.
+        options: the texts of the options, None when absent.
+        step_labels: for each candidate the labels of its steps ("+", "-" or None), where known.
     """
 
     __test__ = False  # the name starts with "Test", but pytest must not collect it
@@ -130,7 +148,7 @@ def parse_line(line: bytes | None) -> dict | RecordError:
 
 def _object(value: object) -> dict | RecordError:
     try:
-        return _require_object(value)
+        return require_object(value)
     except RecordError as error:
         return error
 
@@ -142,10 +160,10 @@ def parse_training_record(record: object) -> TrainingRecord:
         RecordError: not an object, no step to score, a turn or label that is not understood, or
             ``<image>`` placeholders that do not match the images.
     """
-    record = _require_object(record)
+    record = require_object(record)
     conversations = _parse_conversations(record.get("conversations"))
     images = _parse_images(record.get("image"), "image")
-    _check_placeholders([turn["value"] for turn in conversations if turn["from"] != "gpt"], images)
+    count_placeholders(texts_of(conversations), len(images))
     return TrainingRecord(
         source_id=_parse_id(record.get("id")),
         images=images,
@@ -160,7 +178,7 @@ def parse_meta_record(record: object) -> MetaRecord:
     Raises:
         RecordError: as `parse_training_record`, or ``true_false`` is not true or false.
     """
-    record = _require_object(record)
+    record = require_object(record)
     base = parse_training_record(record)
     if not isinstance(record.get("true_false"), bool):
         raise RecordError(
@@ -180,7 +198,7 @@ def parse_test_record(record: object) -> TestRecord:
         RecordError: a missing question, no candidates, lengths that differ, wrong types, or
             ``<image>`` placeholders in the question that do not match the images.
     """
-    record = _require_object(record)
+    record = require_object(record)
     question = _text(record.get("question"), "'question'")
     if not question.strip():
         raise RecordError("'question' is empty; every test record needs one.")
@@ -195,13 +213,13 @@ def parse_test_record(record: object) -> TestRecord:
     if len(true_false) != len(candidates):
         raise RecordError(
             f"'true_false' has {len(true_false)} entries for {len(candidates)} candidates; "
-            "give one a candidate."
+            "give one per candidate."
         )
     options = record.get("options")
     if options is not None and not isinstance(options, list):
         raise RecordError(f"'options' must be a list of texts, not {_shown(options)}.")
     images = _parse_images(record.get("image_path"), "image_path")
-    _check_placeholders([question], images)
+    count_placeholders([question], len(images))
     return TestRecord(
         question=question,
         images=images,
@@ -223,7 +241,7 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
     Raises:
         RecordError: a missing question, neither or both of the two, no solution, or wrong types.
     """
-    record = _require_object(record)
+    record = require_object(record)
     question = _text(record.get("question"), "'question'")
     if ("steps" in record) == ("candidates" in record):
         raise RecordError("give either 'steps' or 'candidates'.")
@@ -240,7 +258,7 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
 
 
 def starts_with_bracket(path: Path) -> bool:
-    """Whether a file holds a JSON list, not JSONL."""
+    """Whether a file holds a JSON list and not JSONL."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
         while not start and (block := file.read(4096)):
@@ -269,7 +287,7 @@ def _parse_step_labels(value: object, num_candidates: int) -> list[list[str | No
         return None
     if not isinstance(value, list) or len(value) != num_candidates:
         raise RecordError(
-            f"'step_labels' must be a list with one list a candidate, not {_shown(value)}."
+            f"'step_labels' must be a list with one list per candidate, not {_shown(value)}."
         )
     for i, labels in enumerate(value):
         if not isinstance(labels, list) or any(x not in ("+", "-", None) for x in labels):
@@ -279,18 +297,19 @@ def _parse_step_labels(value: object, num_candidates: int) -> list[list[str | No
     return value
 
 
-def _require_object(record: object) -> dict:
-    if isinstance(record, RecordError):  # read_json_records has found it so
+def require_object(record: object) -> dict:
+    """The record, a JSON object; raises RecordError, that of `read_json_records` in its place."""
+    if isinstance(record, RecordError):
         raise record
     if not isinstance(record, dict):
         raise RecordError(f"a record must be a JSON object, not {_shown(record)}.")
     return record
 
 
-def _parse_conversations(value: object) -> list[dict]:
+def _parse_conversations(value: object) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise RecordError(f"'conversations' must be a non-empty list, not {_shown(value)}.")
-    turns: list[dict] = []
+    turns: list[Turn] = []
     for i, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise RecordError(f"conversations[{i}] must be an object, not {_shown(turn)}.")
@@ -306,11 +325,7 @@ def _parse_conversations(value: object) -> list[dict]:
             turns.append({"from": speaker, "value": label})
         elif speaker in ("human", "system"):
             text = _text(text, f"conversations[{i}] ({speaker})")
-            if any(token in text for token in RESERVED_TOKENS):
-                raise RecordError(
-                    f"conversations[{i}] ({speaker}) holds one of the chat format's own tokens "
-                    f"{', '.join(RESERVED_TOKENS)}; take it out."
-                )
+            refuse_reserved_tokens(text, f"conversations[{i}] ({speaker})")
             turns.append({"from": speaker, "value": text})
         else:
             raise RecordError(
@@ -322,19 +337,35 @@ def _parse_conversations(value: object) -> list[dict]:
 
 
 def _parse_images(value: object, key: str) -> list[str]:
-    paths = [] if value is None else value if isinstance(value, list) else [value]
-    for path in paths:
-        if not _text(path, f"'{key}'").strip():
-            raise RecordError(f"'{key}' is an empty path; leave it out when there is no image.")
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    paths = [_text(path, f"'{key}'") for path in values]
+    if not all(path.strip() for path in paths):
+        raise RecordError(f"'{key}' is an empty path; leave it out when there is no image.")
     return paths
 
 
-def _check_placeholders(texts: list[str], images: list[str]) -> None:
+def texts_of(turns: Iterable[Turn]) -> list[str]:
+    """The texts of the turns that are no labels."""
+    return [turn["value"] for turn in turns if turn["from"] != "gpt"]
+
+
+def count_placeholders(texts: Iterable[str], num_images: int) -> int:
+    """Number of ``<image>`` placeholders; RecordError unless it is 0 or one per image."""
     placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
-    if placeholders not in (0, len(images)):
+    if placeholders not in (0, num_images):
         raise RecordError(
-            f"the text has {placeholders} {IMAGE_PLACEHOLDER} for {len(images)} image(s); "
-            "use one an image, or none."
+            f"the text has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} image(s); "
+            "use one per image, or none."
+        )
+    return placeholders
+
+
+def refuse_reserved_tokens(text: str, what: str) -> None:
+    """Raise RecordError for text that could forge the chat format's structure."""
+    if any(token in text for token in RESERVED_TOKENS):
+        raise RecordError(
+            f"{what} holds a reserved token of the chat format ({', '.join(RESERVED_TOKENS)}); "
+            "take it out."
         )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from dreamprm_dist.data.question_key import image_digests, question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
+    Turn,
     parse_meta_record,
     parse_test_record,
     read_json_records,
@@ -34,7 +35,7 @@ class Question:
     id: str
     subject: str
     images: list[str]
-    conversations: list[list[dict]]
+    conversations: list[list[Turn]]
     answers: list[str | None]
     true_false: list[bool]
     step_labels: list[list[str | None]] | None = None
@@ -82,9 +83,9 @@ def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
     )
 
 
-def candidate_conversations(question: str, candidates: Sequence[Sequence[str]]) -> list[list[dict]]:
+def candidate_conversations(question: str, candidates: Sequence[Sequence[str]]) -> list[list[Turn]]:
     """The conversation of each candidate, given as its steps; RecordError where it has none."""
-    conversations: list[list[dict]] = []
+    conversations: list[list[Turn]] = []
     for index, steps in enumerate(candidates):
         try:
             conversations.append(steps_conversation(question, steps))

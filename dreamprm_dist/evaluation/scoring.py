@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dreamprm_dist.data.schema import Turn
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
 from dreamprm_dist.evaluation.questions import candidate_conversations
@@ -119,7 +120,7 @@ class Scorer:
 
     @torch.no_grad()
     def score_conversations(
-        self, conversations: Sequence[Sequence[dict]], images: Sequence[bytes]
+        self, conversations: Sequence[Sequence[Turn]], images: Sequence[bytes]
     ) -> list[list[float]]:
         """P(+) after each step of conversations about the same images; the PRM is left evaluating.
 
@@ -164,7 +165,7 @@ class Scorer:
         return result
 
     def _encoded(
-        self, index: int, turns: Sequence[dict], num_tiles: list[int]
+        self, index: int, turns: Sequence[Turn], num_tiles: list[int]
     ) -> EncodedConversation:
         prm = self.module
         try:

@@ -77,7 +77,7 @@ def aggregate(name: str, scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def pad_steps(values: Tensor, step_rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Lay a flat list of step values out as one row a solution, padded with zeros.
+    """Lay a flat list of step values out as one row per solution, padded with zeros.
 
     Args:
         values: shape (n,); the steps of one row come in order.

@@ -1,4 +1,4 @@
-"""Which attention runs, and one that forward-mode differentiation knows."""
+"""The choice of attention, and one that forward-mode differentiation knows."""
 
 import contextlib
 import importlib.util
@@ -86,6 +86,7 @@ class _Attention(torch.autograd.Function):
             tangent = scores_t @ value - scores_t.sum(-1, keepdim=True) * output
         if value_t is not None:
             tangent = _plus_product(tangent, weights, value_t)
+        assert tangent is not None  # torch calls this where an input has a tangent
         return tangent.view_as(query)
 
 

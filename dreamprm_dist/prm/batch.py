@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dreamprm_dist.data.schema import Turn
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation
 from dreamprm_dist.prm.tiling import image_tiles
@@ -15,7 +16,7 @@ from dreamprm_dist.prm.tiling import image_tiles
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How records become model inputs; the same for training and scoring but for `max_tiles`.
+    """The format of model inputs; the same for training and scoring but for `max_tiles`.
 
     Attributes:
         max_tiles: most tiles of an image, thumbnail not counted.
@@ -34,7 +35,14 @@ class InputFormat:
 
 @dataclass
 class Instance:
-    """One encoded conversation and, for each of its images, tiles (tiles, 3, size, size)."""
+    """One encoded conversation and the images that it shows.
+
+    Attributes:
+        encoded: tokens, step positions and step targets.
+        images: for each image its tiles, (tiles, 3, size, size).
+        sample_id: of a training instance, else -1.
+        true_false: of a meta instance, whether its final answer is right.
+    """
 
     encoded: EncodedConversation
     images: list[Tensor]
@@ -90,7 +98,7 @@ class Batch:
 
 
 def encode_instance(
-    conversations: Sequence[dict],
+    conversations: Sequence[Turn],
     images: Sequence[bytes],
     tokenizer: PreTrainedTokenizerBase,
     format: InputFormat,

@@ -6,10 +6,17 @@ of `<|im_start|>assistant\\n`, where the model is about to say `+` or `-`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.schema import IMAGE_PLACEHOLDER, RESERVED_TOKENS
+from dreamprm_dist.data.schema import (
+    IMAGE_PLACEHOLDER,
+    Turn,
+    count_placeholders,
+    refuse_reserved_tokens,
+    texts_of,
+)
 from dreamprm_dist.errors import InputError
 
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -41,6 +48,7 @@ class EncodedConversation:
     step_targets: list[int]
 
 
+@lru_cache(maxsize=8)  # every conversation asks; tokenizers are told apart by identity
 def label_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The token ids of `+` and `-`; raises InputError where either is not one token."""
     ids = {}
@@ -56,7 +64,7 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def encode_conversation(
-    conversations: Sequence[dict],
+    conversations: Sequence[Turn],
     tokenizer: PreTrainedTokenizerBase,
     num_tiles: int | Sequence[int],
     tokens_per_tile: int = 256,
@@ -65,8 +73,7 @@ def encode_conversation(
     """Encode a conversation and find where its steps are scored.
 
     Args:
-        conversations: turns `{"from": "system" | "human" | "gpt", "value": text}`; a `gpt` turn's
-            value is `+`, `-` or None (unlabelled: `+` in the context, no target).
+        conversations: the turns; an unlabelled step is `+` in the context and has no target.
         num_tiles: tiles of each image, thumbnails included (an int stands for one image).
         tokens_per_tile: image tokens of one tile.
         label_context: what stands in the context as the answers of earlier steps: `data` the
@@ -80,22 +87,13 @@ def encode_conversation(
         raise InputError(f"label_context is {label_context!r}; choose from {LABEL_CONTEXTS}")
     tiles = [num_tiles] if isinstance(num_tiles, int) else list(num_tiles)
     label_ids = label_token_ids(tokenizer)
+    texts = texts_of(conversations)
+    images_placed = count_placeholders(texts, len(tiles)) > 0
+    for text in texts:
+        refuse_reserved_tokens(text, "a turn's text")
     image_blocks = iter(
         IMAGE_START + IMAGE_CONTEXT * (tokens_per_tile * count) + IMAGE_END for count in tiles
     )
-    placeholders = sum(
-        (turn["value"] or "").count(IMAGE_PLACEHOLDER)
-        for turn in conversations
-        if turn["from"] != "gpt"
-    )
-    if placeholders not in (0, len(tiles)):
-        raise InputError(
-            f"the text has {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(tiles)} images"
-        )
-
-    for turn in conversations:
-        if turn["from"] != "gpt" and any(token in turn["value"] for token in RESERVED_TOKENS):
-            raise InputError(f"a turn's text holds one of the reserved tokens {RESERVED_TOKENS}")
 
     # Text between two labels is tokenised in one piece, as the reference does; a label and the
     # special tokens around it never merge with their neighbours.
@@ -103,7 +101,6 @@ def encode_conversation(
     positions: list[int] = []
     targets: list[int] = []
     pending = ""
-    images_placed = placeholders > 0
     for turn in conversations:
         pending += f"{TURN_START}{ROLES[turn['from']]}\n"
         if turn["from"] == "gpt":
@@ -115,11 +112,10 @@ def encode_conversation(
             input_ids.append(label_ids[shown])
             pending = ""
         else:
-            text = turn["value"]
             if turn["from"] == "human" and not images_placed:
                 pending += "".join(image_blocks)
                 images_placed = True
-            head, *rest = text.split(IMAGE_PLACEHOLDER)
+            head, *rest = turn["value"].split(IMAGE_PLACEHOLDER)
             pending += head + "".join(next(image_blocks) + part for part in rest)
         pending += f"{TURN_END}\n"
     input_ids += tokenizer.encode(pending, add_special_tokens=False)

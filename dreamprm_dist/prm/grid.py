@@ -1,4 +1,4 @@
-"""Into which grid of tiles an image is cut, by its size alone.
+"""The grid of tiles that an image is cut into, by its size alone.
 
 The grid follows `dynamic_preprocess` of InternVL (Chen et al., arXiv:2404.16821).
 """

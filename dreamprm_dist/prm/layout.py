@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -120,7 +121,9 @@ def from_original_config(original: Mapping, image_token_id: int) -> InternVLConf
 
 def to_original_config(config: InternVLConfig) -> dict:
     """`config.json` of the original layout, as transformers 4 and other programs read it."""
-    vision, text = config.vision_config, config.text_config
+    # Annotated as all that InternVLConfig takes, and not as what it makes of it.
+    vision: Any = config.vision_config
+    text: Any = config.text_config
     tile_size, patch_size = vision.image_size[0], vision.patch_size[0]
     rope = dict(text.rope_parameters)
     theta = rope.pop("rope_theta")
@@ -187,9 +190,9 @@ def from_original_state(state: Mapping[str, Tensor], tied: bool) -> dict[str, Te
                 raise InputError(f"tensor {name} of shape {tuple(tensor.shape)} is no fused qkv")
             for part, chunk in zip(_SPLIT, tensor.chunk(3), strict=True):
                 # A copy: a view would keep the fused matrix in memory beside the model.
-                result[_prefix(name).replace(_FUSED, part)] = chunk.clone()
+                result[_replace_prefix(name, _PREFIXES).replace(_FUSED, part)] = chunk.clone()
         else:
-            result[_rename(name)] = tensor
+            result[_replace_prefix(_replace_block_part(name, _BLOCK_PARTS), _PREFIXES)] = tensor
     if tied and (head := result.pop("lm_head.weight", None)) is not None:
         embeddings = result.get("model.language_model.embed_tokens.weight")
         if embeddings is None or not torch.equal(head, embeddings):
@@ -218,16 +221,6 @@ def to_original_state(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tens
             original = _replace_prefix(name, backwards)
             result[_replace_block_part(original, parts)] = tensor
     return result
-
-
-def _prefix(name: str) -> str:
-    return _replace_prefix(name, _PREFIXES)
-
-
-def _rename(name: str) -> str:
-    if name.startswith(_BLOCKS):
-        name = _replace_block_part(name, _BLOCK_PARTS)
-    return _prefix(name)
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -42,7 +42,7 @@ class ModelConfig(FlagGroup):
 
 
 class StepOutput(NamedTuple):
-    """What the PRM says at n step positions.
+    """The PRM's output at n step positions.
 
     Attributes:
         logits: (n, vocabulary).
@@ -67,7 +67,7 @@ class PRM(nn.Module):
     @property
     def tile_size(self) -> int:
         """Side of an image tile in pixels."""
-        return self.model.config.vision_config.image_size[0]
+        return self.model.model.vision_tower.config.image_size[0]
 
     @property
     def tokens_per_tile(self) -> int:
@@ -76,12 +76,12 @@ class PRM(nn.Module):
     @property
     def max_length(self) -> int:
         """Context length in tokens."""
-        return self.model.config.text_config.max_position_embeddings
+        return self.model.model.language_model.config.max_position_embeddings
 
     @property
     def hidden_size(self) -> int:
         """Width of the last hidden states."""
-        return self.model.config.text_config.hidden_size
+        return self.model.model.language_model.config.hidden_size
 
     def forward(self, batch: Batch) -> StepOutput:
         """Logits and hidden states at the batch's n step positions."""
@@ -142,7 +142,7 @@ class PRM(nn.Module):
         if scope == "all":
             return names
         language = "model.model.language_model."
-        prefixes = (language, "model.lm_head.")
+        prefixes: tuple[str, ...] = (language, "model.lm_head.")
         if scope != "language_model":
             wanted = int(scope.removeprefix("last_").removesuffix("_layers"))
             layers = len(self.model.model.language_model.layers)
@@ -175,8 +175,10 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
     """
     config_dict = _read_config(name_or_path)
     original = config_dict["model_type"] == layout.MODEL_TYPE
-    tokenizer = load_tokenizer(name_or_path) if original else None
+    vocabulary = load_tokenizer(name_or_path).get_vocab() if original else {}
     device = device or torch.device("cpu")
+    # Annotated as if it never gave the loading info too.
+    load: Any = InternVLForConditionalGeneration.from_pretrained
     options = {
         "dtype": PRECISIONS[precision],
         "attn_implementation": attention_implementation(device, PRECISIONS[precision]),
@@ -185,18 +187,14 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
     }
     try:
         if original:
-            if (image_token_id := tokenizer.get_vocab().get(IMAGE_CONTEXT)) is None:
+            if (image_token_id := vocabulary.get(IMAGE_CONTEXT)) is None:
                 raise InputError(f"its tokenizer lacks {IMAGE_CONTEXT}; give InternVL3's own")
             config = layout.from_original_config(config_dict, image_token_id)
             state = layout.read_original_state(name_or_path)
             state = layout.from_original_state(state, config.tie_word_embeddings)
-            model, info = InternVLForConditionalGeneration.from_pretrained(
-                None, config=config, state_dict=state, **options
-            )
+            model, info = load(None, config=config, state_dict=state, **options)
         else:
-            model, info = InternVLForConditionalGeneration.from_pretrained(
-                name_or_path, use_safetensors=True, **options
-            )
+            model, info = load(name_or_path, use_safetensors=True, **options)
         _check_tensors(info)
         # transformers leaves a head of its own apart whatever the config says, which an export
         # would believe.
@@ -263,4 +261,4 @@ def _remove_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            vars(module)["attention_dropout"] = 0.0  # torch types unknown attributes as tensors

@@ -39,11 +39,11 @@ def step_logits(
         features = prm.image_features(pixel_values).flatten(0, 1)
     length = shared_length(conversations)
     prefix = torch.tensor([conversations[0].input_ids[:length]], device=device)
-    rest = [torch.tensor(c.input_ids[length:]) for c in conversations]
+    ends = [torch.tensor(c.input_ids[length:]) for c in conversations]
     # Attention is causal: padding on the right changes nothing to its left. Any token will do but
     # an image's; the last one of a conversation is a line's end.
     padding = conversations[0].input_ids[-1]
-    rest = nn.utils.rnn.pad_sequence(rest, batch_first=True, padding_value=padding).to(device)
+    rest = nn.utils.rnn.pad_sequence(ends, batch_first=True, padding_value=padding).to(device)
 
     # The cache goes by position: transformers renamed it from `past_key_values` to `cache`.
     language_model, nothing = backbone.language_model, (None, None, None)
@@ -57,8 +57,8 @@ def step_logits(
         features = None if features is None else features[shown:]
     if features is not None:
         features = features.repeat(len(conversations), 1)
-    rest = prm.embed(rest, features)
-    output = language_model(*nothing, cache, inputs_embeds=rest, use_cache=bool(length))
+    embeddings = prm.embed(rest, features)
+    output = language_model(*nothing, cache, inputs_embeds=embeddings, use_cache=bool(length))
 
     rows = [row for row, c in enumerate(conversations) for _ in c.step_positions]
     positions = [position - length for c in conversations for position in c.step_positions]

@@ -1,9 +1,9 @@
 """A solution's text: its steps, its answer, and the conversation in which the PRM judges it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from dreamprm_dist.data.schema import QUESTION_PREFIX
+from dreamprm_dist.data.schema import QUESTION_PREFIX, Turn
 from dreamprm_dist.errors import InputError
 
 # The released checkpoints were trained with exactly this text.
@@ -87,29 +87,38 @@ def _normalise(answer: str) -> str:
     return answer.upper() if len(answer) == 1 else answer
 
 
+def step_turns(steps: Iterable[str], labels: Iterable[str | None]) -> list[Turn]:
+    """For each step a human turn with its text and a `gpt` turn with its label."""
+    turns: list[Turn] = []
+    for step, label in zip(steps, labels, strict=True):
+        turns += [{"from": "human", "value": step}, {"from": "gpt", "value": label}]
+    return turns
+
+
 def steps_conversation(
-    question: str, steps: Sequence[str], system_prompt: str = SYSTEM_PROMPT
-) -> list[dict[str, str | None]]:
+    question: str,
+    steps: Sequence[str],
+    system_prompt: str = SYSTEM_PROMPT,
+    labels: Sequence[str | None] | None = None,
+) -> list[Turn]:
     """The conversation in which the PRM scores every step of a solution.
 
     Args:
         question: the question, with its options where it has any.
         steps: texts of the steps.
-        system_prompt: what the PRM was told in training.
+        system_prompt: as the PRM was given it in training.
+        labels: of the steps; by default they are unlabelled.
 
     Returns:
-        Turns `{"from", "value"}`: the system prompt, the question, then for each step a human turn
-        and an unlabelled `gpt` turn.
+        The system prompt, the question, then for each step a human turn and a `gpt` turn.
 
     Raises:
         InputError: there is no step.
     """
     if not steps:
         raise InputError("the solution has no step: its text is empty; remove it from the file")
-    conversation: list[dict[str, str | None]] = [
+    return [
         {"from": "system", "value": system_prompt},
         {"from": "human", "value": QUESTION_PREFIX + question},
+        *step_turns(steps, [None] * len(steps) if labels is None else labels),
     ]
-    for step in steps:
-        conversation += [{"from": "human", "value": step}, {"from": "gpt", "value": None}]
-    return conversation

@@ -1,4 +1,4 @@
-"""Accuracies of PRMs, from an evaluation's results, with intervals."""
+"""Accuracies of PRMs with intervals, from an evaluation's `results.json`."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,7 @@ def table_subjects(results: Results) -> str:
 
 
 def table_steps(results: Results) -> str:
-    """How well single steps are judged, where steps have labels."""
+    """Quality of the step scores, where steps have labels."""
     rows = [
         (label_of(label), f"{steps.num_steps:,}", decimal(steps.auroc, 3),
          decimal(steps.brier, 3), decimal(steps.calibration_error, 3))

@@ -43,8 +43,7 @@ def svg_figure(figure: Figure, label: str, caption: str) -> str:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    parts = r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)'
-    ((box, drawing),) = re.findall(parts, buffer.getvalue(), re.S)
+    [(box, drawing)] = re.findall(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', buffer.getvalue(), re.S)
     drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawing, flags=re.S)
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
     return (

@@ -92,7 +92,7 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
         },
         "Where time goes": [
             figure_seconds([run for run in runs if any(map(run.seconds, PHASES))]),
-            figure_curve(runs, "samples_per_second", "Instances a second"),
+            figure_curve(runs, "samples_per_second", "Instances per second"),
         ],
         "Settings": [wrap("wide", "".join(map(details_settings, runs)))],
     }
@@ -130,11 +130,11 @@ def _table_runs(runs: Sequence[Run]) -> str:
                 decimal(effective_sample_size(run.weights) if len(run.weights) else None, 0),
             )
         )
-    head = (
-        *("Run", "Iterations", "Epochs", "Lower loss", "Instances a second", "Memory, GiB"),
-        *("Weighted instances", "Effective sample size"),
+    head = "Run", "Iterations", "Epochs", "Lower loss", "Instances per second", "Memory, GiB"
+    sizes = "Weighted instances", "Effective sample size"
+    return html_table(
+        "The runs at their end; (Σw)² / Σw² is the effective size", head + sizes, rows
     )
-    return html_table("The runs at their end; (Σw)² / Σw² is the effective size", head, rows)
 
 
 def _verdict(results: Results | None) -> str:

@@ -1,9 +1,10 @@
-"""A run folder's content, for a report."""
+"""The content of a run folder, for a report."""
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,14 @@ MOST_POINTS = 400  # of a curve; more would only make the page heavy
 
 @dataclass
 class Run:
-    """A run folder, as far as it is there: `metrics` and `weights`, by sample ID, may be empty."""
+    """A run folder, as far as it is there.
+
+    Attributes:
+        name: the folder's.
+        metrics: rows of `metrics.jsonl`, one per iteration; may be empty.
+        config: `config.yaml`; may be empty.
+        weights: final weights by sample ID; empty for a run without any.
+    """
 
     name: str
     metrics: pd.DataFrame
@@ -51,8 +59,8 @@ class Run:
         return self.metrics[column].sum() / self.metrics["iteration"].max() if measured else 0.0
 
 
-def read_json(path: Path) -> dict | list | None:
-    """A JSON file's content, None where there is no such file; InputError where it is not JSON."""
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None without such a file; InputError where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except json.JSONDecodeError as error:

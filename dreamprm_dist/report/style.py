@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 # Colours are Okabe and Ito's, which colour-blind readers can tell apart, as far as they show on
 # white and on black; grey is for what no trained PRM did.
@@ -15,15 +16,15 @@ METHODS = {
     "cold_start": ("Cold start", "PRM fine-tuned on the noisy labels", SKY),
     "baseline": ("Baseline", "trained on, all instances weighing the same", VERMILION),
     "baseline_plus_meta": ("Baseline + meta", "the same, the meta set mixed in", PURPLE),
-    "instance_table": ("Instance table", "trained on, a learned weight an instance", BLUE),
+    "instance_table": ("Instance table", "trained on, a learned weight per instance", BLUE),
     "instance_net": ("Instance net", "trained on, a small network gives the weights", GREEN),
-    "domain_table": ("Domain table", "trained on, a learned weight a data set", ORANGE),
+    "domain_table": ("Domain table", "trained on, a learned weight per data set", ORANGE),
     "small_loss": ("Small loss", "ranked by the cold start's loss, without meta data", GREY),
     "shuffled_meta": ("Shuffled meta", "control: the meta set's answers shuffled", GREY),
     "oracle": ("Oracle", "right whenever a candidate is", GREY),
 }
 # Text stays text, so that the page's CSS gives it a font and a colour for light and dark.
-PLOT_STYLE: dict = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
+PLOT_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
 PLOT_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
 PLOT_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 PLOT_STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY)
@@ -67,7 +68,7 @@ def decimal(value: object, digits: int = 2) -> str:
 
 
 def percent(value: object) -> str:
-    """A share as per cent, or a dash."""
+    """A fraction as a percentage, or a dash."""
     return f"{number(value):.1%}" if math.isfinite(number(value)) else "–"
 
 

@@ -70,10 +70,10 @@ def figure_seconds(runs: Sequence[Run]) -> str:
         bars = axes.barh(labels, seconds, left=total, color=color, height=0.6, label=phase)
         total += seconds
     axes.bar_label(bars, [f"{value:.2f}" for value in total], padding=3)
-    axes.set(xlabel="seconds an iteration", xlim=(0, 1.15 * total.max()))
+    axes.set(xlabel="seconds per iteration", xlim=(0, 1.15 * total.max()))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    return svg_figure(figure, "Seconds an iteration by phase", "Means over a run, on rank 0.")
+    return svg_figure(figure, "Seconds per iteration by phase", "Means over a run, on rank 0.")
 
 
 def details_settings(run: Run) -> str:

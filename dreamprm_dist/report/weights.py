@@ -119,7 +119,7 @@ def _thumbnail(data: bytes) -> str:
 def training_shards(run: Run) -> ShardFolder | None:
     """The shards that a run was trained on, where they still are and fit its weights."""
     path = Path(str(run.config.get("train_json_file", "")))
-    if run.weights is None or not (path / "manifest.json").is_file():
+    if not len(run.weights) or not (path / "manifest.json").is_file():
         return None
     shards = ShardFolder(path)
     return shards if shards.num_rows == len(run.weights) else None

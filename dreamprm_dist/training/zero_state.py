@@ -1,7 +1,7 @@
 """ZeRO's state on this rank: the only user of DeepSpeed's private names.
 
 What each of them means is asserted against DeepSpeed's public `safe_get_full_*` functions in
-`tests/unit/test_zero_state.py`.
+`tests/on_ranks/test_zero_state.py`.
 """
 
 from __future__ import annotations

@@ -9,16 +9,13 @@ table, whose rows stay where they are. Counted on rank 0 where torch hands tenso
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from standin import make_data, make_model, make_run, write_results
+from standin import make_data, make_run, run_on_ranks, saved_model, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 
 NUM_RANKS = 2
@@ -88,10 +85,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        save_model(*make_model(divisor=8, image_size=112), folder / "model")
+        saved_model(folder / "model", divisor=8, image_size=112)
         make_data(folder, 16, 16, (112, 112), num_shards=NUM_RANKS)
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(NUM_RANKS)]
-        subprocess.run([sys.executable, *launcher, __file__, "--worker", folder], check=True)
+        run_on_ranks(NUM_RANKS, __file__, "--worker", folder)
         results = json.loads((folder / "counted.json").read_text())
     write_results(
         arguments.out,

@@ -38,7 +38,7 @@ STEP = "The two triangles share this side, so their angles at the base add up to
 
 @lru_cache
 def landscape() -> Image.Image:
-    """What all images are parts of: smooth, with some noise, as photographs are."""
+    """The picture that all images are cut from: smooth, with some noise, as photographs are."""
     noise = Image.frombytes("RGB", (400, 400), random.Random(0).randbytes(400 * 400 * 3))
     return noise.resize((3200, 3200), Image.Resampling.BICUBIC)
 
@@ -146,7 +146,7 @@ def run_chunk(chunk: tuple) -> None:
 
 
 def loader_over_bare_decode(folder: ShardFolder, workers: int) -> float:
-    """Instances a second that a rank's loader tiles, encodes and collates, over bare decoding."""
+    """Instances per second that a rank's loader tiles, encodes and collates, over bare decoding."""
     # Not above: the workers that handle images import this file, and need no torch.
     import torch
 

@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from standin import make_data, make_model, make_run, write_results
+from standin import make_data, make_run, saved_model, write_results
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.hypergradient.jvp import jvp
@@ -181,15 +180,14 @@ def main() -> None:
         data = Path(folder) / "data"
         make_data(data, 32, 32, (224, 224))
         for size, divisor in DIVISORS.items():
-            model = save_model(*make_model(divisor, image_size=112), Path(folder) / size)
+            model = saved_model(Path(folder) / size, divisor, image_size=112)
             for precision in ("bf16", "fp32"):
                 errors.setdefault(size, {})[precision] = estimator_errors(data, model, precision)
         # Second derivatives of the whole step take the smallest model there is.
         tiny = Path(folder) / "tiny"
         make_data(tiny / "data", 32, 32, (56, 56))
-        cosines = unrolled_cosines(
-            tiny / "data", save_model(*make_model(16, image_size=56), tiny / "model")
-        )
+        model = saved_model(tiny / "model", 16, image_size=56)
+        cosines = unrolled_cosines(tiny / "data", model)
     write_results(
         arguments.out,
         {

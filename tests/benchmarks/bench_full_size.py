@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from standin import make_data, make_model, make_run, write_results
+from standin import make_data, make_run, saved_model, write_results
 
-from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 
 
@@ -59,7 +58,7 @@ def main() -> None:
         # A process of its own makes the model, whose memory would otherwise count.
         child = os.fork()
         if child == 0:
-            save_model(*make_model(divisor=1), folder / "model")
+            saved_model(folder / "model", divisor=1)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:

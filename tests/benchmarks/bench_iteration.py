@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from standin import SOLUTIONS_PER_QUESTION, make_data, make_model, make_run, write_results
+from standin import SOLUTIONS_PER_QUESTION, make_data, make_run, saved_model, write_results
 
-from data_tools.demo_model import save_model
 from dreamprm_dist import distributed
 from dreamprm_dist.training.run import TrainingRun
 
@@ -55,7 +54,7 @@ def main() -> None:
     ratios, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model = save_model(*make_model(divisor=4, image_size=224), folder / "model")
+        model = saved_model(folder / "model", divisor=4, image_size=224)
         make_data(folder, 64, 4 * SOLUTIONS_PER_QUESTION, (448, 224))  # two tiles and a thumbnail
         size = ("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE)
         runs = {

@@ -11,15 +11,13 @@ changed.
 """
 
 import argparse
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
-from standin import write_results
+from standin import run_on_ranks, write_results
 
 from data_tools.demo_data import noise_auc
 from dreamprm_dist.evaluation.best_of_n import clustered_bootstrap
@@ -38,18 +36,11 @@ FLAGS = {
 
 
 def run(log: Path, script: str, *arguments: object) -> None:
-    """A script of `launch/` on two ranks, one thread each, its output in a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(NUM_RANKS), str(LAUNCH / script), *map(str, arguments)]
+    """A script of `launch/` on two ranks, its output in a file."""
     print(log.stem, flush=True)
     with log.open("w") as output:
-        subprocess.run(
-            command,
-            check=True,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        run_on_ranks(NUM_RANKS, LAUNCH / script, *arguments, **streams)
 
 
 def train(demo: Path, out: Path, row_update: str, iterations: int) -> Path:

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +19,15 @@ from transformers import (
     Qwen2Config,
 )
 
-from data_tools.demo_data import conversation
 from data_tools.demo_model import train_tokenizer
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
-from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
+from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
 from dreamprm_dist.training.config import parse_train_config
+from dreamprm_dist.training.export import save_model
 from dreamprm_dist.training.run import TrainingRun
 
 QUESTION = "Which of the two angles in the figure is larger, and by how many degrees? " * 2
@@ -72,6 +77,31 @@ def make_model(
     return InternVLForConditionalGeneration(config), tokenizer
 
 
+def saved_model(folder: Path, divisor: int, image_size: int = 448) -> Path:
+    """Write `make_model`'s PRM into a folder; returns the folder."""
+    model, tokenizer = make_model(divisor, image_size)
+    save_model(folder, PRM(model), tokenizer)
+    return folder
+
+
+def run_on_ranks(num_ranks: int, *command: object, **options: Any) -> None:
+    """Run a Python command on ranks of this machine, one thread each.
+
+    Args:
+        options: of `subprocess.run`.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_ranks]
+    subprocess.run(
+        [sys.executable, *map(str, launcher), *map(str, command)],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
 def png(width: int, height: int, seed: int = 0) -> bytes:
     """An image file of noise, which cannot be compressed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -95,7 +125,7 @@ def make_data(
             "id": f"{image}",
             "image": path,
             "dataset": "noise",
-            "conversations": conversation(QUESTION, STEPS[:num_steps], labels),
+            "conversations": steps_conversation(QUESTION, STEPS[:num_steps], labels=labels),
         }
 
     train = [record(i, i, 3 + i % 4) for i in range(num_train)]

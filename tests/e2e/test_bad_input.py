@@ -1,4 +1,4 @@
-"""What is wrong with the input is said in one sentence, with the file and the id."""
+"""Bad input is one sentence, with the file and the id."""
 
 import json
 import runpy

@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from json_lines import lines
 from PIL import Image
 from started_run import free_port
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -150,10 +151,6 @@ def command(server, questions, tmp_path):
     out = tmp_path / "out" / "candidates.jsonl"
     fixed = [str(questions), "--base_url", server.url, "--model", "m", "--out", str(out)]
     return [*fixed, "--n", "3", "--concurrency", "4", "--timeout", "3"]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def outputs(tmp_path):

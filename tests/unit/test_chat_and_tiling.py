@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dreamprm_dist.prm import encode_conversation, tile_grid
-from dreamprm_dist.prm.chat import IGNORE_INDEX, IMAGE_CONTEXT
-from dreamprm_dist.prm.grid import num_tiles, usable_size
+from dreamprm_dist.prm.chat import (
+    IGNORE_INDEX,
+    IMAGE_CONTEXT,
+    encode_conversation,
+    label_token_ids,
+)
+from dreamprm_dist.prm.grid import num_tiles, tile_grid, usable_size
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
 
 
@@ -90,13 +95,26 @@ def test_images_stand_at_their_placeholders_or_first_of_all(tokenizer):
     text = tokenizer.decode(first.input_ids)
     assert text.startswith("<|im_start|>user\n<img><IMG_CONTEXT>")
     assert "</img><img>" in text
-    with pytest.raises(ValueError, match="2 <image> placeholders for 1 images"):
+    with pytest.raises(ValueError, match=r"2 <image> for 1 image\(s\)"):
         encode_conversation(two, tokenizer, [1])
 
 
 def test_text_cannot_forge_the_structure(tokenizer):
     with pytest.raises(ValueError, match="reserved"):
         encode_conversation(turns("+", question="<|im_end|>"), tokenizer, 1)
+
+
+def test_labels_are_tokenised_once(tiny_prm_dir: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_prm_dir)
+    with patch.object(tokenizer, "encode", wraps=tokenizer.encode) as encode:
+        first = label_token_ids(tokenizer)
+        assert [call.args[0] for call in encode.call_args_list] == ["+", "-"]
+        assert label_token_ids(tokenizer) == first
+        encode_conversation(turns("+", "-"), tokenizer, 1)
+        assert [call.args[0] for call in encode.call_args_list].count("+") == 1
+    other = Mock()
+    other.encode.side_effect = lambda label, add_special_tokens: [ord(label)]
+    assert label_token_ids(other) == {"+": ord("+"), "-": ord("-")} != first
 
 
 def test_a_conversation_without_steps_is_refused(tokenizer):

@@ -231,7 +231,7 @@ def test_step_labels_and_meta_groups(tmp_path) -> None:
     file.write_text("".join(good % text for text in labels))
     first, *others = read_test_questions(str(file))
     assert isinstance(first, Question) and first.step_labels == [["+", None]]
-    says = ["1 labels for 2 steps", "list of '+'", "list of '+'", "one list a candidate"]
+    says = ["1 labels for 2 steps", "list of '+'", "list of '+'", "one list per candidate"]
     for (line, _, reason), (number, word) in zip(others, enumerate(says, 2), strict=True):
         assert line == number and word in reason
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from json_lines import lines, write
 from PIL import Image
 
 import dreamprm_dist.data.schema as schema
@@ -37,16 +38,6 @@ def turns(*labels):
     for label in labels:
         result += [{"from": "gpt", "value": label}, {"from": "human", "value": "next"}]
     return result[:-1]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def image(path, color="red"):

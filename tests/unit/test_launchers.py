@@ -1,4 +1,4 @@
-"""Which ranks each launcher's environment stands for, and what contradicts itself."""
+"""The ranks that each launcher's environment stands for, and environments that contradict them."""
 
 import pytest
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from json_lines import lines, write
 
 from data_tools.sample import allocate, label_class, main, sample_file
 from dreamprm_dist.errors import InputError
@@ -13,15 +14,6 @@ def record(i, labels, dataset="a", **fields):
     turns = [{"from": "human", "value": "Q"}]
     turns += [{"from": "gpt", "value": label} for label in labels]
     return {"id": i, "dataset": dataset, "conversations": turns, **fields}
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which rows a global batch holds is a pure function of integers, tested without processes."""
+"""The rows of a global batch are a pure function of integers, tested without processes."""
 
 import contextlib
 import itertools

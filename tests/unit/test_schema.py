@@ -12,10 +12,12 @@ from PIL import Image
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import (
     MetaRecord,
+    parse_line,
     parse_meta_record,
     parse_test_record,
     parse_training_record,
     read_json_records,
+    require_object,
 )
 from dreamprm_dist.errors import RecordError
 
@@ -337,12 +339,22 @@ def test_damage_inside_a_png_is_refused():
         decode_image(bytes(data))
 
 
-def test_text_with_the_chat_formats_own_tokens_is_refused():
+def test_text_with_reserved_tokens_is_refused():
     record = {
         "conversations": [
             {"from": "human", "value": "q<|im_end|>"},
             {"from": "gpt", "value": "+"},
         ]
     }
-    with pytest.raises(RecordError, match="own tokens"):
+    with pytest.raises(RecordError, match=r"conversations\[0\] \(human\) holds a reserved token"):
         parse_training_record(record)
+
+
+@pytest.mark.parametrize(
+    "parse", [require_object, parse_training_record, parse_meta_record, parse_test_record]
+)
+def test_a_line_that_cannot_be_read_keeps_its_reason(parse):
+    error = parse_line(b"{")
+    with pytest.raises(RecordError, match="not valid JSON") as caught:
+        parse(error)
+    assert caught.value is error

@@ -255,7 +255,7 @@ def test_meta_without_true_false_is_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("nonsense\n", "all 1 records were rejected.*not valid JSON"),
+        ("nonsense\n[]\n", "all 2 records were rejected.*at line 1, because: not valid JSON"),
         ("", "holds no record"),
         ("[]", "holds no record"),
     ],

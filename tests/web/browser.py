@@ -65,7 +65,7 @@ def framed(address: str, width: int) -> str:
 
 
 def visit(address: str, home: Path, *flags: str) -> dict:
-    """What the probe of a framed page found, and the lines of the console."""
+    """Findings of the probe of a framed page, and the lines of the console."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += [f"--user-data-dir={home / 'profile'}", "--allow-file-access-from-files"]
     command += ["--virtual-time-budget=30000", "--window-size=1400,2000", "--dump-dom", *flags]

@@ -54,7 +54,7 @@ def page(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def look(page: Path, width: int, *flags: str) -> dict:
-    """What axe-core and the browser say of the page at this width in pixels."""
+    """Findings of axe-core and the browser about the page at this width in pixels."""
     (page.parent / f"probed-{width}.html").write_text(probed(page.read_text()))
     frame = page.with_name(f"frame-{width}.html")
     frame.write_text(framed(f"probed-{width}.html", width))

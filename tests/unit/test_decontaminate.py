@@ -1,13 +1,15 @@
-"""Overlap with the meta and test sets: what is removed and why, and what is kept."""
+"""Decontamination: what training records are removed and why, and what is kept."""
 
 import io
-import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from json_lines import lines, write
 from PIL import Image, ImageDraw
 
-from data_tools.overlap import MAX_DISTANCE, main, normalised_question, perceptual_hash
+from data_tools.decontaminate import MAX_DISTANCE, main, normalised_question, perceptual_hash
 from data_tools.shard import shard_file
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.errors import InputError
@@ -37,16 +39,6 @@ def training(id, question, image=None):
     turn = f"### Question:\n{question}\n\n### Solution Process:\nstep"
     turns = [{"from": "human", "value": turn}, {"from": "gpt", "value": "+"}]
     return {"id": id, "conversations": turns} | ({"image": image} if image else {})
-
-
-def write(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -116,6 +108,20 @@ def test_every_removed_record_has_its_reasons(files, tmp_path):
 def test_checks_can_be_chosen(files, tmp_path, flags, ids):
     _, removed = run(files, tmp_path / "clean.jsonl", *flags)
     assert set(removed) == ids
+
+
+@pytest.mark.parametrize("name", ["decontaminate", "overlap"])
+def test_the_command_has_two_names(files, tmp_path, name):
+    train, test, _ = map(str, files)
+    out = tmp_path / "clean.jsonl"
+    command = [sys.executable, "-m", f"data_tools.{name}", train, "--against", test, "--out"]
+    done = subprocess.run([*command, str(out)], capture_output=True, text=True, check=True)
+    rejected = out.with_suffix(".rejected.jsonl")
+    assert done.stdout == f"{out}: 3 records kept, 5 removed (see {rejected})\n"
+    # What cannot be used is one sentence and exit code 2.
+    done = subprocess.run([*command, str(out)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {out}: is there already")
 
 
 def test_what_cannot_be_protected_is_an_error(files, tmp_path):
