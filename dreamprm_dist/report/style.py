@@ -24,11 +24,19 @@ METHODS = {
     "oracle": ("Oracle", "right whenever a candidate is", GREY),
 }
 # Text stays text, so that the page's CSS gives it a font and a colour for light and dark.
-PLOT_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
-PLOT_STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
-PLOT_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-PLOT_STYLE |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY)
-PLOT_STYLE |= {"figure.constrained_layout.use": True}
+PLOT_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GREY),
+    "figure.constrained_layout.use": True,
+}
 
 
 def ordered(names: Iterable[str]) -> list[str]:

@@ -20,8 +20,13 @@ from dreamprm_dist.report.style import (
 )
 
 LOSSES = {"lower_loss": "Lower loss", "weighted_loss": "Weighted loss", "meta_loss": "Meta loss"}
-PHASES = {"data": ORANGE, "lower": BLUE, "meta": GREEN}
-PHASES |= {"hypergradient": VERMILION, "upper": PURPLE}
+PHASES = {
+    "data": ORANGE,
+    "lower": BLUE,
+    "meta": GREEN,
+    "hypergradient": VERMILION,
+    "upper": PURPLE,
+}
 BANDS = [f"weight_q{q}" for q in ("05", "25", "50", "75", "95")]
 
 
