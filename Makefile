@@ -53,9 +53,10 @@ test-web: $(STAMP) ## the tests in a browser; needs chromium and npm
 	npm install --silent --prefix tests/web
 	$(PYTHON) -m pytest -m web
 
-lint: $(STAMP) ## check format, style and spelling
+lint: $(STAMP) ## check format, style, types and spelling
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 	git ls-files -z | xargs -0 $(PYTHON) -m codespell_lib
 
 format: $(STAMP) ## put format and style right
