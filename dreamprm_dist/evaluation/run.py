@@ -26,7 +26,7 @@ from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
 from dreamprm_dist.evaluation.table import text_table
 from dreamprm_dist.files import json_line, write_whole
-from dreamprm_dist.flags import flag
+from dreamprm_dist.flags import Count, flag
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_tokenizer
 
@@ -52,7 +52,7 @@ class EvaluateConfig(ScoringConfig):
         "them on meta_json_file.",
     )
     meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
-    seed: int = flag(0, "Seed of the bootstrap.")
+    seed: Count = flag(0, "Seed of the bootstrap.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

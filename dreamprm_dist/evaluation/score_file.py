@@ -68,13 +68,11 @@ def score_file(config: ScoreConfig) -> str:
 
 
 def _score(config: ScoreConfig, scorer: Scorer, record: dict | RecordError) -> dict:
-    if isinstance(record, RecordError):
-        raise record
     question, paths, solutions = parse_scoring_record(record)
     root = Path(config.image_root or Path(config.input).parent)
     images = [read_image(root / path, str(root / path))[0] for path in paths]
     result = scorer.choose(question, solutions, images, config.aggregation_function)
-    if "steps" in record:
+    if isinstance(record, dict) and "steps" in record:
         return {"step_scores": result.step_scores[0]}
     return {"step_scores": result.step_scores, "scores": result.scores, "best": result.index}
 

@@ -12,7 +12,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
-from dreamprm_dist.flags import flag
+from dreamprm_dist.flags import AtLeastOne, FlagGroup, flag
 
 # Ranks finish at different times, for images have different sizes; less would end long work at its
 # last barrier.
@@ -20,10 +20,10 @@ TIMEOUT_MINUTES = 12 * 60.0
 
 
 @dataclass
-class ScoringConfig:
+class ScoringConfig(FlagGroup):
     """How a PRM reads and scores; commands add flags of their own."""
 
-    max_patch_num: int = flag(12, "Most tiles of an image, thumbnail not counted.")
+    max_patch_num: AtLeastOne = flag(12, "Most tiles of an image, thumbnail not counted.")
     score_over: Literal["vocabulary", "pair"] = flag(
         "vocabulary", "Softmax over all words, or over + and - alone as VisualPRM does."
     )
@@ -32,8 +32,7 @@ class ScoringConfig:
     local_rank: int = flag(-1, "Set by launchers; the environment counts.")
 
     def __post_init__(self) -> None:
-        if self.max_patch_num < 1:
-            raise InputError(f"max_patch_num is {self.max_patch_num}; it must be at least 1")
+        super().__post_init__()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device is cuda, but torch sees no GPU; use --device cpu")
 
