@@ -21,24 +21,27 @@ def reweighter_of(
     num_steps: int = 1,
     hidden_size: int = 8,
     label_ids: dict[str, int] | None = None,
+    context: dict | None = None,
     **settings,
 ) -> Reweighter:
     """A reweighter by its flags; the `dataset` is "a" in even shards and "b" in odd ones."""
-    context = ReweighterContext(
-        rows_per_shard=rows_per_shard,
-        read_datasets=lambda shard: ["ab"[shard % 2]] * rows_per_shard[shard],
-        num_steps=num_steps,
-        device=torch.device("cpu"),
-        hidden_size=hidden_size,
-        label_ids=label_ids or {"+": 0, "-": 1},
-        seed=1,
-    )
+    values = {
+        "rows_per_shard": rows_per_shard,
+        "read_datasets": lambda shard: ["ab"[shard % 2]] * rows_per_shard[shard],
+        "num_steps": num_steps,
+        "device": torch.device("cpu"),
+        "hidden_size": hidden_size,
+        "label_ids": label_ids or {"+": 0, "-": 1},
+        "seed": 1,
+    }
     configs = [
         group(**{f.name: settings[f.name] for f in fields(group) if f.name in settings})
         for group in (ReweighterConfig, MetaOptimizerConfig)
     ]
     assert settings.keys() <= {f.name for config in configs for f in fields(config)}
-    return REWEIGHTERS[configs[0].reweighter](*configs, context)
+    return REWEIGHTERS[configs[0].reweighter](
+        *configs, ReweighterContext(**values | (context or {}))
+    )
 
 
 def batch_of(ids: list[int] | Tensor) -> Batch:

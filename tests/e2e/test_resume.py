@@ -174,7 +174,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
 ):
     run = Run(small_disk, tiny_prm_dir, tiny_shards)
     with run.started() as ranks:
-        assert [process.wait(timeout=120) for process in ranks] == [1, 1]
+        assert [process.wait(timeout=120) for process in ranks] == [2, 2]
     (said,) = (line for line in run.log().splitlines() if "error" in line)
     assert said.startswith("error: no checkpoint could be saved in run, where ")
     (kept,) = (run.run_folder / "checkpoints").iterdir()

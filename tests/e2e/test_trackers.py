@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from dreamprm_dist.training.trackers import Trackers, check_trackers
 
@@ -55,7 +56,7 @@ def test_wandb_stays_offline(tmp_path: Path, monkeypatch) -> None:
 
 def test_nothing_is_imported_without_a_name(tmp_path: Path) -> None:
     code = (
-        "import sys, dreamprm_dist.training.trainer; from pathlib import Path; "
+        "import sys, dreamprm_dist.training.run; from pathlib import Path; "
         "from dreamprm_dist.training.trackers import Trackers; "
         "t = Trackers(None, Path('.'), {}); t.log({'a': 1.0}, 1); t.close(); "
         "print({'tensorboard', 'wandb', 'mlflow'} & sys.modules.keys())"
@@ -63,6 +64,12 @@ def test_nothing_is_imported_without_a_name(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_accelerate_keeps_trackers_under_their_names() -> None:
+    """`LOGGER_TYPE_TO_CLASS` is no public name of accelerate's."""
+    for name in ("tensorboard", "wandb"):
+        assert issubclass(LOGGER_TYPE_TO_CLASS[name], GeneralTracker)
 
 
 def test_names() -> None:

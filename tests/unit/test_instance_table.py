@@ -203,6 +203,15 @@ def test_statistics_are_those_of_all_weights():
         assert exact - 9 / 2048 <= statistics[f"q{q:02d}"] <= exact + 1 + 9 / 2048
 
 
+def test_a_quantile_is_the_upper_edge_of_the_first_bin_that_reaches_its_share():
+    weights = table()
+    weights.raw_weights.copy_(torch.arange(10.0))
+    statistics = weights.statistics()
+    for q, value in ((5, 0), (25, 2), (50, 4), (75, 7), (95, 9)):
+        edge = min(value * 2048 // 9 + 1, 2048)
+        assert statistics[f"q{q:02d}"] == pytest.approx(9 * edge / 2048)
+
+
 def test_equal_weights_have_equal_statistics():
     assert set(table().statistics().values()) == {1.0}
 

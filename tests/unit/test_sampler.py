@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_global_batch_larger_than_the_data_draws_rows_again():
 def test_uneven_shares_are_refused_with_what_works(shards, size, world):
     with pytest.raises(ValueError, match=r"data/meta: .* use one of \[.*\] ranks"):
         check_divisible(Path("data/meta"), shards, size, world)
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "works"),
+    [(24, 3, "[1, 2, 4]"), (24, 5, "[2, 4, 8]"), (12, 8, "[1, 2, 4]"), (7, 2, "[1]")],
+)
+def test_the_nearest_numbers_of_ranks_that_work_are_named(size: int, world: int, works: str):
+    with pytest.raises(ValueError, match=re.escape(f"use one of {works} ranks, or shard again")):
+        check_divisible(Path("data/meta"), 8, size, world)
+
+
+def test_a_rank_owns_every_so_manieth_shard():
+    assert [list(owned_shards(6, rank, 2)) for rank in (0, 1)] == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_even_shares_pass():
