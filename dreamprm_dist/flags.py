@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite
 from pathlib import Path
@@ -39,11 +39,20 @@ Positive = Annotated[float, Bounds(above=0)]
 Fraction = Annotated[float, Bounds(at_least=0, below=1)]
 
 
-def flag(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
-    """A dataclass field that is a command-line flag; `aliases` are other spellings of it."""
+def flag(
+    default: Any, help: str, aliases: Sequence[str] = (), choices: Iterable[str] | None = None
+) -> Any:
+    """A dataclass field that is a command-line flag.
+
+    Args:
+        aliases: other spellings of it.
+        choices: all its values, such as the names of a registry.
+    """
     metadata: dict[str, Any] = {"help": help}
     if aliases:
         metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    if choices is not None:
+        metadata["choices"] = list(choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -61,10 +70,15 @@ class FlagGroup:
     removed: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value, bounds = getattr(self, name), [*getattr(hint, "__metadata__", ()), Bounds()][0]
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            bounds = [*getattr(hints[name], "__metadata__", ()), Bounds()][0]
+            choices = field.metadata.get("choices", [value])
             if isinstance(value, str) and (instead := self.removed.get(name, {}).get(value)):
                 raise InputError(f"{name} {value} is no longer there; {instead}")
+            if value not in choices:
+                raise InputError(f"{name} {value!r} is unknown; use one of {', '.join(choices)}")
             if isinstance(value, float) and not isfinite(value):
                 raise InputError(f"{name} is {value}; it must be a finite number")
             if isinstance(value, int | float) and not bounds.hold(value):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamprm_dist.flags import FlagGroup, flag
-from dreamprm_dist.prm.aggregation import aggregate, pad_steps
+from dreamprm_dist.prm.aggregation import AGGREGATIONS, aggregate, pad_steps
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 
 ScoreOver = Literal["vocabulary", "pair"]
@@ -76,8 +76,8 @@ class MetaLossConfig(FlagGroup):
 
     _argument_group_name: ClassVar[str] = "meta loss"
 
-    aggregation_function: Literal["mean", "min", "max", "log_mean", "product", "last"] = flag(
-        "mean", "How step scores become a solution's score."
+    aggregation_function: str = flag(
+        "mean", "How step scores become a solution's score.", choices=AGGREGATIONS
     )
     loss_target: Literal["+", "both"] = flag(
         "both", "Meta loss: of P(+) against the answer, or of P(the right sign) against 1."

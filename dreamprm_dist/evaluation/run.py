@@ -48,19 +48,14 @@ class EvaluateConfig(ScoringConfig):
     )
     aggregation_function: str = flag(
         "mean",
-        f"Aggregation that stands for a PRM: {', '.join(AGGREGATIONS)}, or meta: the best of "
-        "them on meta_json_file.",
+        "Aggregation that stands for a PRM; meta: the best of them on meta_json_file.",
+        choices=(*AGGREGATIONS, ON_META),
     )
     meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
     seed: Count = flag(0, "Seed of the bootstrap.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.aggregation_function not in (*AGGREGATIONS, ON_META):
-            raise InputError(
-                f"unknown aggregation_function {self.aggregation_function!r}; choose from "
-                f"{', '.join(AGGREGATIONS)}, or {ON_META} with --meta_json_file"
-            )
         if (self.aggregation_function == ON_META) != (self.meta_json_file is not None):
             raise InputError("--aggregation_function meta and --meta_json_file go together")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import parse_scoring_record, read_json_records
-from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
@@ -29,16 +29,8 @@ class ScoreConfig(ScoringConfig):
         None, "Folder that image paths start at (default: the input file's own folder)."
     )
     aggregation_function: str = flag(
-        "mean", f"How step scores become a candidate's score: {', '.join(AGGREGATIONS)}."
+        "mean", "How step scores become a candidate's score.", choices=AGGREGATIONS
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.aggregation_function not in AGGREGATIONS:
-            raise InputError(
-                f"unknown aggregation_function {self.aggregation_function!r}; choose from "
-                f"{', '.join(AGGREGATIONS)}"
-            )
 
 
 def score_file(config: ScoreConfig) -> str:

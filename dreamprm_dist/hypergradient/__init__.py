@@ -13,7 +13,7 @@ losses' is <grad l_i, v>. The reweighter turns them into the hypergradient of wh
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -23,29 +23,6 @@ from dreamprm_dist.hypergradient.finite_difference import finite_difference
 from dreamprm_dist.hypergradient.gradient_dot import gradient_dot
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.hypergradient.sama import adam_derivative
-
-
-@dataclass
-class HypergradientConfig(FlagGroup):
-    """The estimator of the hypergradient."""
-
-    _argument_group_name: ClassVar[str] = "hypergradient"
-
-    hypergradient: Literal["jvp", "finite_difference", "sama", "gradient_dot"] = flag(
-        "jvp", "Estimator of the hypergradient."
-    )
-    hypergradient_scope: str = flag(
-        "all",
-        "Parameters that v covers: all, language_model, or last_N_layers such as last_4_layers.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not re.fullmatch(r"all|language_model|last_[1-9]\d*_layers", self.hypergradient_scope):
-            raise InputError(
-                f"hypergradient_scope {self.hypergradient_scope!r} is unknown; use all, "
-                "language_model, or last_N_layers such as last_4_layers"
-            )
 
 
 class Estimator(NamedTuple):
@@ -76,3 +53,24 @@ ESTIMATORS = {
     "sama": Estimator(jvp, forward_mode=True, precondition=adam_derivative),
     "gradient_dot": Estimator(gradient_dot, differentiates_features=False),
 }
+
+
+@dataclass
+class HypergradientConfig(FlagGroup):
+    """The estimator of the hypergradient."""
+
+    _argument_group_name: ClassVar[str] = "hypergradient"
+
+    hypergradient: str = flag("jvp", "Estimator of the hypergradient.", choices=ESTIMATORS)
+    hypergradient_scope: str = flag(
+        "all",
+        "Parameters that v covers: all, language_model, or last_N_layers such as last_4_layers.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"all|language_model|last_[1-9]\d*_layers", self.hypergradient_scope):
+            raise InputError(
+                f"hypergradient_scope {self.hypergradient_scope!r} is unknown; use all, "
+                "language_model, or last_N_layers such as last_4_layers"
+            )

@@ -1,11 +1,16 @@
 """From raw weights to weights, as the reference names them, and the paper's projection."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamprm_dist.reweighters.config import ReweighterConfig
+if TYPE_CHECKING:
+    from dreamprm_dist.reweighters.config import ReweighterConfig
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor, ReweighterConfig], Tensor]] = {
     "LeakyReLU": lambda raw, config: F.leaky_relu(raw),

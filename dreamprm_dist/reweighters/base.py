@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from dreamprm_dist import distributed
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
-from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.partition import RowPartition
 from dreamprm_dist.reweighters.schedules import build_schedule
+
+if TYPE_CHECKING:
+    from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 
 HISTOGRAM_BINS = 2048
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

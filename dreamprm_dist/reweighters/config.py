@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import AtLeastOne, FlagGroup, Fraction, NotNegative, Positive, flag
-from dreamprm_dist.reweighters.schedules import ScheduleName
+from dreamprm_dist.reweighters import REWEIGHTERS
+from dreamprm_dist.reweighters.activations import ACTIVATIONS
+from dreamprm_dist.reweighters.features import FEATURES
+from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+from dreamprm_dist.reweighters.schedules import SCHEDULES
 
 
 @dataclass
@@ -19,28 +23,31 @@ class ReweighterConfig(FlagGroup):
         "row_update": {"adamw_lazy": "use normalized_sgd, which is better, or adamw"}
     }
 
-    reweighter: Literal["instance_table", "instance_net", "domain_table", "uniform"] = flag(
+    reweighter: str = flag(
         "instance_table",
         "How weights are held: one per instance, a net, one per data set, or all 1.",
+        choices=REWEIGHTERS,
     )
-    row_update: Literal["adamw", "normalized_sgd"] = flag(
+    row_update: str = flag(
         "adamw",
         "Table: AdamW over all rows, or the hypergradient over its mean size.",
+        choices=ROW_UPDATES,
     )
     decay_to_initialization: bool = flag(
         False, "Rows of the table decay towards initialization and not towards 0."
     )
-    instance_net_input: Literal["step_probabilities", "representation", "loss"] = flag(
-        "step_probabilities", "What the instance net reads of an instance."
+    instance_net_input: str = flag(
+        "step_probabilities", "What the instance net reads of an instance.", choices=FEATURES
     )
     hidden_dim: AtLeastOne = flag(10, "Width of the instance net's hidden layers.")
     num_layers: AtLeastOne = flag(1, "Hidden layers of the instance net.")
     differentiate_weights: bool = flag(
         False, "Instance net: the PRM is trained through its weights too, as the reference does."
     )
-    activation_function: Literal["LeakyReLU", "ReLU", "No", "sigmoid", "Clip", "Project"] = flag(
+    activation_function: str = flag(
         "LeakyReLU",
         "From raw weights to weights; Project (table) keeps raw weights within the bounds.",
+        choices=ACTIVATIONS,
     )
     weight_min: float = flag(-1.0, "Lower bound of Clip and Project.")
     weight_max: float = flag(3.0, "Upper bound of Clip and Project.")
@@ -80,8 +87,8 @@ class MetaOptimizerConfig(FlagGroup):
     meta_gradient_clipping: NotNegative = flag(
         1.0, "Largest global norm of the hypergradient; 0: no clipping."
     )
-    meta_scheduler_type: ScheduleName = flag(
-        "cosine_schedule_with_warmup", "Schedule of meta_lr (5 %% warm-up)."
+    meta_scheduler_type: str = flag(
+        "cosine_schedule_with_warmup", "Schedule of meta_lr (5 %% warm-up).", choices=SCHEDULES
     )
     meta_scheduler_step_size: AtLeastOne = flag(1000, "step_lr: upper steps between two decays.")
     meta_scheduler_gamma: Positive = flag(0.95, "step_lr: factor of a decay.")

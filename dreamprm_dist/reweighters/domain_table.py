@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.base import ReweighterContext
-from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
+
+if TYPE_CHECKING:
+    from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 
 
 class DomainTable(ReplicatedReweighter):

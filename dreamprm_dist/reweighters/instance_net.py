@@ -6,6 +6,8 @@ the mean of the MLP's outputs over an instance's rows.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,11 @@ from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.base import ReweighterContext
-from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.features import FEATURES, labelled
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
+
+if TYPE_CHECKING:
+    from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 
 
 class InstanceNet(ReplicatedReweighter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext, weight_statistics
-from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
+
+if TYPE_CHECKING:
+    from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
 
 
 class InstanceTable(Reweighter):

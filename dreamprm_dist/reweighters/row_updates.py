@@ -3,14 +3,19 @@
 Decay is decoupled, towards 0 or, with `decay_to_initialization`, towards where every row began.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from dreamprm_dist import distributed
-from dreamprm_dist.reweighters.config import MetaOptimizerConfig
+
+if TYPE_CHECKING:
+    from dreamprm_dist.reweighters.config import MetaOptimizerConfig
 
 
 class DenseAdamW(AdamW):
@@ -67,7 +72,7 @@ class NormalizedSGD(Optimizer):
                 parameter[rows] = old - decay * (old - self._decay_target) - group["lr"] * update
 
 
-RowUpdate = Callable[[list[Tensor], MetaOptimizerConfig, float], Optimizer]
+RowUpdate: TypeAlias = "Callable[[list[Tensor], MetaOptimizerConfig, float], Optimizer]"
 
 # Each of (rows, config, decay target).
 ROW_UPDATES: dict[str, RowUpdate] = {

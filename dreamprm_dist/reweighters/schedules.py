@@ -1,14 +1,12 @@
 """Learning-rate schedules, the same on both levels; one step per optimizer step of their level."""
 
 from collections.abc import Callable
-from typing import Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 WARMUP_FRACTION = 0.05
-ScheduleName = Literal["cosine_schedule_with_warmup", "step_lr", "constant"]
 
 SCHEDULES: dict[str, Callable[[Optimizer, int, int, float], LRScheduler]] = {
     "cosine_schedule_with_warmup": lambda optimizer, num_steps, step_size, gamma: (
@@ -20,7 +18,7 @@ SCHEDULES: dict[str, Callable[[Optimizer, int, int, float], LRScheduler]] = {
 
 
 def build_schedule(
-    name: ScheduleName, optimizer: Optimizer, *, num_steps: int, step_size: int, gamma: float
+    name: str, optimizer: Optimizer, *, num_steps: int, step_size: int, gamma: float
 ) -> LRScheduler:
     """A schedule by name over `num_steps` optimizer steps."""
     return SCHEDULES[name](optimizer, num_steps, step_size, gamma)

@@ -32,7 +32,7 @@ from dreamprm_dist.losses import MetaLossConfig
 from dreamprm_dist.prm.model import ModelConfig
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
-from dreamprm_dist.reweighters.schedules import ScheduleName
+from dreamprm_dist.reweighters.schedules import SCHEDULES
 from dreamprm_dist.training.trackers import check_trackers
 
 
@@ -84,8 +84,8 @@ class LowerConfig(FlagGroup):
         "Largest global gradient norm; 0: no clipping.",
         aliases=["gradiant_clipping"],
     )
-    scheduler_type: ScheduleName = flag(
-        "cosine_schedule_with_warmup", "Schedule of lr (5 %% warm-up)."
+    scheduler_type: str = flag(
+        "cosine_schedule_with_warmup", "Schedule of lr (5 %% warm-up).", choices=SCHEDULES
     )
     scheduler_step_size: AtLeastOne = flag(1000, "step_lr: lower steps between two decays.")
     scheduler_gamma: Positive = flag(0.95, "step_lr: factor of a decay.")

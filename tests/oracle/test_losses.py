@@ -46,6 +46,17 @@ def test_step_scores_are_over_the_whole_vocabulary_or_the_pair():
         torch.testing.assert_close(pair, of_label / (expected + minus))
 
 
+def test_losses_and_scores_of_bf16_logits_are_taken_in_float32():
+    logits = LOGITS.bfloat16()
+    targets, rows = torch.tensor([1, 3, 1]), torch.tensor([0, 0, 1])
+    losses = instance_losses(logits, targets, rows, 2)
+    assert losses.dtype == torch.float32
+    assert losses.equal(instance_losses(logits.float(), targets, rows, 2))
+    for over in ("vocabulary", "pair"):
+        scores = step_scores(logits, LABELS, "-", over)
+        assert scores.equal(step_scores(logits.float(), LABELS, "-", over))
+
+
 @pytest.mark.parametrize("right", [(1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("error, power", [("squared", 2), ("absolute", 1)])
 def test_meta_loss_targets(right, error, power):

@@ -87,7 +87,7 @@ def flag_rows() -> list[str]:
         for field in dataclasses.fields(section):
             default = getattr(section, field.name)
             text = field.metadata["help"].replace("%%", "%")
-            if choices := get_args(hints[field.name]):
+            if choices := field.metadata.get("choices") or get_args(hints[field.name]):
                 names = [f"`{name}`" for name in choices if isinstance(name, str)]
                 text += f" One of {', '.join(names)}." if names else ""
             rows.append(f"| `{field.name}` | `{default}` | {text} |")
