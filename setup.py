@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "torch>=2.6,<3",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.18,<6",
+        "transformers>=5.24,<6",
         "accelerate>=1.8,<2",
         "huggingface-hub>=1.31",
         "datasets>=3.0",

@@ -103,6 +103,7 @@ def convert_files(
     inputs: list[Path],
     out: Path,
     convert: Callable[[dict], dict],
+    *,
     name_dataset: bool,
     image_root: Path | None = None,
     check_images: bool = True,
@@ -232,10 +233,10 @@ def main(argv: list[str] | None = None) -> None:
             args.inputs,
             args.out,
             convert,
-            args.command != "reference",
-            args.image_root,
-            not args.no_image_check,
-            args.overwrite,
+            name_dataset=args.command != "reference",
+            image_root=args.image_root,
+            check_images=not args.no_image_check,
+            overwrite=args.overwrite,
         )
     unparsed = f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else ""
     print(writer.summary() + unparsed)

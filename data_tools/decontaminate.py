@@ -164,6 +164,7 @@ def decontaminate_file(
     source: Path,
     against: list[Path],
     out: Path,
+    *,
     image_root: Path | None = None,
     against_image_root: Path | None = None,
     checks: tuple[str, ...] = CHECKS,
@@ -241,11 +242,11 @@ def main(argv: list[str] | None = None) -> None:
         args.source,
         args.against,
         args.out,
-        args.image_root,
-        args.against_image_root,
-        tuple(args.checks),
-        args.max_distance,
-        args.overwrite,
+        image_root=args.image_root,
+        against_image_root=args.against_image_root,
+        checks=tuple(args.checks),
+        max_distance=args.max_distance,
+        overwrite=args.overwrite,
     )
     print(writer.summary("records kept", "removed"))
 

@@ -63,6 +63,7 @@ def sample_file(
     source: str | Path,
     out: str | Path,
     n: int,
+    *,
     seed: int = 1,
     balance: str = "final",
     overwrite: bool = False,
@@ -163,7 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_output(parser)
     args = parser.parse_args(argv)
-    drawn = sample_file(args.source, args.out, args.n, args.seed, args.balance, args.overwrite)
+    drawn = sample_file(
+        args.source,
+        args.out,
+        args.n,
+        seed=args.seed,
+        balance=args.balance,
+        overwrite=args.overwrite,
+    )
     for name, counts in drawn.items():
         print(f"{name or '(no data set)'}: " + ", ".join(f"{c} {k}" for k, c in counts.items()))
     print(f"{args.out}: {args.n} records")

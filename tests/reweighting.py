@@ -48,9 +48,16 @@ def batch_of(ids: list[int] | Tensor) -> Batch:
     """Instances of one labelled step each, without inputs."""
     ids = torch.as_tensor(ids)
     rows = torch.arange(len(ids))
-    no_tiles = rows[:0]
-    true_false = torch.zeros(len(ids))
-    return Batch(rows[:, None], None, no_tiles, rows, rows * 0, rows * 0, ids, true_false)
+    return Batch(
+        input_ids=rows[:, None],
+        pixel_values=None,
+        shown_tiles=rows[:0],
+        step_rows=rows,
+        step_positions=rows * 0,
+        step_targets=rows * 0,
+        sample_ids=ids,
+        true_false=torch.zeros(len(ids)),
+    )
 
 
 def rank_batches(

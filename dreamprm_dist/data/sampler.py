@@ -71,6 +71,7 @@ def rank_draws(
     step: int,
     global_batch_size: int,
     rows_per_shard: list[int],
+    *,
     seed: int,
     level: int = 0,
     rank: int = 0,

@@ -20,7 +20,7 @@ from dreamprm_dist.evaluation.grading import parse_choice
 from dreamprm_dist.prm.solutions import extract_answer, split_steps, steps_conversation
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Question:
     """A question and the conversations in which its N candidates are scored.
 
@@ -68,18 +68,18 @@ def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
                 "steps are separated by blank lines, numbered lines and 'Answer:'."
             )
     return Question(
-        path,
-        line,
-        record.id,
-        record.subject,
-        record.images,
-        candidate_conversations(record.question, steps),
-        [
+        file=path,
+        line=line,
+        id=record.id,
+        subject=record.subject,
+        images=record.images,
+        conversations=candidate_conversations(record.question, steps),
+        answers=[
             parse_choice(solution, record.options) if record.options else extract_answer(solution)
             for solution in record.candidates
         ],
-        record.true_false,
-        record.step_labels,
+        true_false=record.true_false,
+        step_labels=record.step_labels,
     )
 
 
@@ -121,22 +121,25 @@ def read_meta_questions(path: str, image_root: Path) -> list[Question]:
         except RecordError as error:
             raise InputError(f"{path}, record {line}: {error}") from error
     if not groups:
-        raise InputError(f"{path} holds no record; give meta records, several solutions a question")
+        raise InputError(
+            f"{path} holds no record; give meta records, several solutions per question"
+        )
     if max(map(len, groups.values())) == 1:
         raise InputError(
-            f"{path} holds one solution a question, and every aggregation picks that one; give "
+            f"{path} holds one solution per question, and every aggregation picks that one; give "
             "several solutions of a question one id, or no id and the same images and text"
         )
     return [
         Question(
-            path,
-            members[0][0],
-            members[0][1].source_id,
-            members[0][1].dataset,
-            members[0][1].images,
-            [record.conversations for _, record in members],
-            [extract_answer(record.response) for _, record in members],
-            [record.true_false for _, record in members],
+            file=path,
+            line=line,
+            id=first.source_id,
+            subject=first.dataset,
+            images=first.images,
+            conversations=[record.conversations for _, record in members],
+            answers=[extract_answer(record.response) for _, record in members],
+            true_false=[record.true_false for _, record in members],
         )
         for members in groups.values()
+        for line, first in members[:1]
     ]

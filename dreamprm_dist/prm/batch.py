@@ -50,7 +50,7 @@ class Instance:
     true_false: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Batch:
     """B instances, right-padded to L tokens, with n scored steps in all.
 
@@ -102,6 +102,7 @@ def encode_instance(
     images: Sequence[bytes],
     tokenizer: PreTrainedTokenizerBase,
     format: InputFormat,
+    *,
     sample_id: int = -1,
     true_false: bool = False,
     tiled: dict[bytes, Tensor] | None = None,
@@ -157,12 +158,14 @@ def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
     ]
     step_rows, step_positions, step_targets = torch.tensor(steps).T.contiguous()
     return Batch(
-        input_ids,
-        torch.cat(different) if different else None,
-        torch.tensor([place for image in shown for place in places[id(image)]], dtype=torch.long),
-        step_rows,
-        step_positions,
-        step_targets,
-        torch.tensor([instance.sample_id for instance in instances]),
-        torch.tensor([float(instance.true_false) for instance in instances]),
+        input_ids=input_ids,
+        pixel_values=torch.cat(different) if different else None,
+        shown_tiles=torch.tensor(
+            [place for image in shown for place in places[id(image)]], dtype=torch.long
+        ),
+        step_rows=step_rows,
+        step_positions=step_positions,
+        step_targets=step_targets,
+        sample_ids=torch.tensor([instance.sample_id for instance in instances]),
+        true_false=torch.tensor([float(instance.true_false) for instance in instances]),
     )

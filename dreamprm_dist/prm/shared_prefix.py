@@ -45,20 +45,18 @@ def step_logits(
     padding = conversations[0].input_ids[-1]
     rest = nn.utils.rnn.pad_sequence(ends, batch_first=True, padding_value=padding).to(device)
 
-    # The cache goes by position: transformers renamed it from `past_key_values` to `cache`.
-    language_model, nothing = backbone.language_model, (None, None, None)
-    cache = None
+    language_model, cache = backbone.language_model, None
     if length:
         cache = DynamicCache(config=backbone.config.text_config)
         shown = int((prefix == backbone.config.image_token_id).sum())
         embeddings = prm.embed(prefix, None if features is None else features[:shown])
-        language_model(*nothing, cache, inputs_embeds=embeddings, use_cache=True)
+        language_model(cache=cache, inputs_embeds=embeddings, use_cache=True)
         cache.batch_repeat_interleave(len(conversations))
         features = None if features is None else features[shown:]
     if features is not None:
         features = features.repeat(len(conversations), 1)
     embeddings = prm.embed(rest, features)
-    output = language_model(*nothing, cache, inputs_embeds=embeddings, use_cache=bool(length))
+    output = language_model(cache=cache, inputs_embeds=embeddings, use_cache=bool(length))
 
     rows = [row for row, c in enumerate(conversations) for _ in c.step_positions]
     positions = [position - length for c in conversations for position in c.step_positions]

@@ -16,7 +16,7 @@ from dreamprm_dist.reweighters.base import Reweighter, weight_statistics
 class ReplicatedReweighter(Reweighter):
     """A module of parameters, the same on every rank for ever.
 
-    The hypergradient is summed over the ranks (each holds its part of 1/G) once an upper step, so
+    The hypergradient is summed over the ranks (each holds its part of 1/G) once per upper step, so
     that equal replicas take equal steps.
     """
 

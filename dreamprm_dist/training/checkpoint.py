@@ -82,6 +82,7 @@ def save_checkpoint(
     state: dict,
     engine: Engine,
     reweighter: Stateful,
+    *,
     keep_last: int,
     keep_best: int = 0,
 ) -> int:

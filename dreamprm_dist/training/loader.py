@@ -60,10 +60,10 @@ class RankBatches(Dataset):
             step,
             self.global_batch_size,
             self._draws_per_shard,
-            self.seed,
-            self.level,
-            self.rank,
-            self.world_size,
+            seed=self.seed,
+            level=self.level,
+            rank=self.rank,
+            world_size=self.world_size,
         )
         tiled: dict[bytes, Tensor] = {}
         drawn = [[self.instance(*place, tiled) for place in self._rows(*draw)] for draw in draws]
@@ -88,9 +88,9 @@ class RankBatches(Dataset):
                 record["images"],
                 self.tokenizer,
                 self.format,
-                record["sample_id"],
-                record.get("true_false", False),
-                tiled,
+                sample_id=record["sample_id"],
+                true_false=record.get("true_false", False),
+                tiled=tiled,
             )
         except InputError as error:
             raise InputError(_named(self.shards, record, error)) from error

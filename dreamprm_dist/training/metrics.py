@@ -28,7 +28,7 @@ FIELDS = {
     "hypergradient_norm": "global norm of the hypergradient by the raw weights",
     "weight_mean": "mean weight over all instances; with weight_min, _q05 … _q95, _max",
     "weight_domains": "domain_table: the weight of each data set",
-    "samples_per_second": "training instances a second over all ranks",
+    "samples_per_second": "training instances per second over all ranks",
     "seconds_data": "waiting for data, on rank 0, as all seconds",
     "seconds_lower": "lower steps",
     "seconds_meta": "meta gradient",

@@ -113,7 +113,7 @@ class TrainingRun:
                 UPPER,
                 upper.meta_batch_size,
                 upper.meta_gradient_accumulation,
-                upper.group_meta_by_question,
+                by_question=upper.group_meta_by_question,
             )
             if upper.unroll_window == "last":
                 size = self.lower_batches.global_batch_size
@@ -147,6 +147,7 @@ class TrainingRun:
         level: int,
         batch_size: int,
         accumulation: int,
+        *,
         by_question: bool = False,
     ) -> RankBatches:
         world_size = distributed.world_size()
@@ -256,8 +257,8 @@ class TrainingRun:
             },
             self.trainer.engine,
             self.trainer.reweighter,
-            self.config.run.keep_last,
-            self.config.run.keep_best,
+            keep_last=self.config.run.keep_last,
+            keep_best=self.config.run.keep_best,
         )
         return {"seconds_checkpoint": time.perf_counter() - start, "checkpoint_bytes": size}
 

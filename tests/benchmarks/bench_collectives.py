@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_collectives.py [--out bench.json]
 
-Two ranks. ZeRO-2 reduces every gradient once and gathers every parameter once a lower step; the
-upper level adds one all-reduce of v, and one of the instance net's gradient or nothing for the
-table, whose rows stay where they are. Counted on rank 0 where torch hands tensors to the backend.
+Two ranks. ZeRO-2 reduces every gradient and gathers every parameter once per lower step; the upper
+level adds one all-reduce of v, and one of the instance net's gradient or nothing for the table,
+whose rows stay where they are. Counted on rank 0 where torch hands tensors to the backend.
 """
 
 import argparse

@@ -98,9 +98,9 @@ def put_in(mutant: str) -> None:
     elif mutant == "swapped_shards":
         true_draws = loader.rank_draws
 
-        def swapped(*arguments):
-            *head, rank, world_size = arguments
-            return true_draws(*head, world_size - 1 - rank, world_size)
+        def swapped(*arguments, rank, world_size, **order):
+            other = world_size - 1 - rank
+            return true_draws(*arguments, rank=other, world_size=world_size, **order)
 
         loader.rank_draws = swapped
     else:

@@ -144,14 +144,14 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
     ids = torch.randint(0, 1000, (2, length))
     ids[:, 5] = config.image_token_id
     batch = Batch(
-        ids,
-        torch.randn(2, 3, 28, 28),
-        torch.arange(2),
-        torch.tensor([0, 0, 1]),
-        torch.tensor([100, 399, 300]),
-        torch.tensor([10, 12, 10]),
-        torch.arange(2),
-        torch.ones(2),
+        input_ids=ids,
+        pixel_values=torch.randn(2, 3, 28, 28),
+        shown_tiles=torch.arange(2),
+        step_rows=torch.tensor([0, 0, 1]),
+        step_positions=torch.tensor([100, 399, 300]),
+        step_targets=torch.tensor([10, 12, 10]),
+        sample_ids=torch.arange(2),
+        true_false=torch.ones(2),
     )
     parameters = dict(prm.named_parameters())
 

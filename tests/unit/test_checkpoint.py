@@ -38,7 +38,7 @@ def save(run: Path, iteration: int, keep_last: int = 2, **more: float) -> None:
     engine.value, reweighter.value = iteration, -iteration
     keep_best = more.pop("keep_best", 0)
     state = {"iteration": iteration, "settings": {"lr": 0.1}} | more
-    save_checkpoint(run, state, engine, reweighter, keep_last, keep_best)
+    save_checkpoint(run, state, engine, reweighter, keep_last=keep_last, keep_best=keep_best)
 
 
 def names(run: Path) -> set[str]:

@@ -249,7 +249,7 @@ def test_step_labels_and_meta_groups(tmp_path) -> None:
     assert [q.true_false for q in questions] == [[True, False], [True], [False], [True, False]]
     assert questions[0].answers == ["A", "B"] and questions[0].line == 1
     file.write_text(meta % records[0] + meta % records[1])
-    with pytest.raises(ValueError, match="one solution a question"):
+    with pytest.raises(ValueError, match="one solution per question"):
         read_meta_questions(str(file), tmp_path)
     file.write_text(meta % records[0] + "{}\n")
     with pytest.raises(ValueError, match="record 2"):

@@ -47,7 +47,7 @@ def test_halves_in_proportion_to_the_data_sets(source, tmp_path):
 
 def test_the_seed_decides_and_a_larger_sample_holds_the_smaller(source, tmp_path):
     def ids(name, n, seed):
-        sample_file(source, tmp_path / name, n, seed)
+        sample_file(source, tmp_path / name, n, seed=seed)
         return {r["id"] for r in lines(tmp_path / name)}
 
     first = ids("a.jsonl", 88, 1)
