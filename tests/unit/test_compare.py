@@ -43,6 +43,20 @@ def test_expected_accuracies_are_means_over_all_subsets(values: list, n: int) ->
     assert expected_majority(group, 1) == pytest.approx(np.mean(right))
 
 
+def test_expected_majority_of_many_subsets_is_drawn_without_replacement() -> None:
+    """924 subsets of 6 of 12, of which 200 are drawn: the same ones each time."""
+    answers = ["A", "A", *"BCDEFGHIJK"]
+    group = [
+        CandidateScores(0, "", i, "", [0.5], answer, answer == "A")
+        for i, answer in enumerate(answers)
+    ]
+    # Right when an A is drawn: two are the majority, and one ties with all, but comes first.
+    exact = 1 - (10 * 9 * 8 * 7 * 6 * 5) / (12 * 11 * 10 * 9 * 8 * 7)
+    found = expected_majority(group, 6)
+    assert found == expected_majority(group, 6)
+    assert found == pytest.approx(exact, abs=3 * (exact * (1 - exact) / 200) ** 0.5)
+
+
 def candidates(seed: int, skill: float, shift: int = 0) -> list[CandidateScores]:
     """40 questions of 4 candidates about 20 images, by a PRM that is right as often as `skill`."""
     truth, noise = np.random.default_rng(0), np.random.default_rng(seed)
@@ -74,6 +88,9 @@ def compared() -> Results:
 
 
 def test_table_and_differences(compared: Results) -> None:
+    prms = [f"{label}, {name}" for label in ("bad", "good") for name in AGGREGATIONS]
+    methods = ["first", "random", "self_consistency", *prms, "oracle"]
+    assert [row.method for row in compared.table] == methods
     assert (compared.num_questions, compared.num_candidates, compared.num_unparsed) == (40, 160, 0)
     table = {row.method: row for row in compared.table}
     assert table["good, mean"].accuracy == table["oracle"].accuracy
@@ -142,7 +159,9 @@ def test_permuting_candidates_changes_nothing_else() -> None:
 
 def test_step_metrics_are_scikit_learns() -> None:
     generator = np.random.default_rng(0)
-    scores, labels = generator.random((50, 3)).round(1), generator.random((50, 3)) < 0.6
+    # Rounded, so that scores tie; none lies on the edge of a bin.
+    scores = 0.9 * generator.random((50, 3)).round(1) + 0.05
+    labels = generator.random((50, 3)) < 0.6
     group = [
         CandidateScores(
             0, "", 0, "", s.tolist(), None, True, [], ["+" if x else "-" for x in y[:2]] + [None]
@@ -155,6 +174,8 @@ def test_step_metrics_are_scikit_learns() -> None:
     assert found.auroc == pytest.approx(roc_auc_score(*flat))
     assert found.brier == pytest.approx(brier_score_loss(*flat))
     assert sum(b["count"] for b in found.bins) == 100
+    counts = np.bincount((flat[1] * 10).astype(int), minlength=10).tolist()
+    assert [b["count"] for b in found.bins] == [count for count in counts if count]
     gaps = [b["count"] * abs(b["score"] - b["right"]) for b in found.bins]
     assert found.calibration_error == pytest.approx(sum(gaps) / 100)
 
