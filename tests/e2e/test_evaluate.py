@@ -146,7 +146,7 @@ def test_all_records_rejected(tiny_prm_dir: Path, tmp_path: Path) -> None:
 def test_unknown_aggregation(tiny_prm_dir: Path, tmp_path: Path) -> None:
     done = evaluate(tiny_prm_dir, tmp_path, tmp_path / "out", "--aggregation_function=avg")
     assert done.returncode == 2
-    assert "choose from mean, min" in done.stderr
+    assert "(choose from " in done.stderr and "log_mean" in done.stderr
 
 
 # --- several PRMs ------------------------------------------------------------------------------
