@@ -100,7 +100,7 @@ def naming_lost_ranks() -> Iterator[None]:
             patience += timeout
         raise RankLostError(
             f"rank {rank()} waited for the others in vain: {_absent(patience)}; look at that "
-            "rank's log and machine, then start again to go on from the last checkpoint"
+            "rank's log and machine, then start again to go on from what was saved"
         ) from error
 
 

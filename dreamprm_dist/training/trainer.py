@@ -94,7 +94,7 @@ class BilevelTrainer:
             meta: the meta batch; empty where no weights are learned.
         """
         config = self.config.upper
-        before = self.engine.zero.snapshot() if config.rollback else None
+        before = self.engine.zero.snapshot() if config.rollback and meta else None
         for position, micro_batches in enumerate(window, start=1):
             lower = self.lower_step(micro_batches)
             if meta and (position == len(window) or config.unroll_window == "all"):

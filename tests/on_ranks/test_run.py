@@ -111,12 +111,15 @@ def test_held_out_meta_questions_are_never_learned_from(make_run, grouped: list[
 
 
 def test_a_baseline_measures_on_meta_questions_and_learns_from_none(make_run):
-    run = make_run("--baseline", "--meta_validation_fraction", "0.4")
+    run = make_run("--baseline", "--meta_validation_fraction", "0.4", "--rollback")
     assert run.meta_batches is None and run.validation_batches is not None
     window, meta = next(run.data())
     assert meta == []
+    engine, steps = run.trainer.engine, []
+    take, engine.lower_step = engine.lower_step, lambda *a: steps.append(take(*a)) or steps[-1]
     seen = run.trainer.iteration(window, meta)
     assert seen.upper is None and seen.lower.weights.eq(1).all()
+    assert len(steps) == 1  # there is nothing to take again with other weights
 
 
 def test_negative_weights_are_said_once(make_run, caplog):
