@@ -8,7 +8,7 @@ import torch
 
 from dreamprm_dist import distributed
 
-LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 12
+LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 8
 SETTINGS = [
     *("--lr", str(LR), "--meta_lr", str(META_LR), "--iteration_num", str(ITERATIONS)),
     *("--unroll_steps", str(STEPS), "--batch_size", "2", "--activation_function", "sigmoid"),

@@ -12,8 +12,10 @@ from dreamprm_dist import distributed
 from dreamprm_dist.training.zero_state import COUNTERS
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero2_offload", "zero2_cpu"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero2_offload", "fp32")],
+)
 def test_fragments_are_what_deepspeeds_public_functions_say(make_run, strategy, precision):
     """And over all ranks each element of a parameter lies in exactly one of them."""
     run = make_run("--strategy", strategy, "--precision", precision)
