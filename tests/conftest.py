@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+import runpy
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread per process, also in those that tests start: small tensors gain nothing from more, and
@@ -92,3 +94,19 @@ def one_rank() -> Iterator[None]:
     distributed.initialize("cpu")
     yield
     distributed.shutdown()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys) -> Callable[..., str]:
+    """Runs a script in this process, which must end with exit code 2; returns what it says."""
+
+    def run(script: Path, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(script), run_name="__main__")
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said
+
+    return run

@@ -1,8 +1,6 @@
 """Bad input is one sentence, with the file and the id."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
+def train(refused, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
     """Runs `launch/train.py` in this process and returns the sentence that it ends with."""
 
     def run(**flags) -> str:
@@ -25,12 +23,8 @@ def train(monkeypatch, capsys, tmp_path: Path, tiny_shards: Path, tiny_prm_dir: 
             "num_workers": 0,
             "iteration_num": 1,
         } | flags
-        argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", [str(TRAIN), *argv])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        assert stop.value.code == 2
-        message = capsys.readouterr().err.split("\r")[-1]
+        said = refused(TRAIN, *(part for k, v in flags.items() for part in (f"--{k}", v)))
+        message = said.split("\r")[-1]  # behind the bars of progress
         assert "error: " in message and message.endswith("\n") and message.count("\n") == 1
         return message
 

@@ -14,11 +14,11 @@ from dreamprm_dist.evaluation.compare import compare
 from dreamprm_dist.evaluation.results import Results, write_results
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+EXPORT = Path(__file__).resolve().parents[2] / "launch" / "export.py"
 
 
 def export(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "launch" / "export.py", *flags]
+    command = [sys.executable, EXPORT, *flags]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900)
 
 
@@ -69,15 +69,13 @@ def test_there_and_back(tiny_prm_dir: Path, tmp_path: Path) -> None:
     assert all(line in card for line in (*lines, "| PRM, mean | `100.0%` |", "| first | `0.0%` |"))
 
 
-def test_bad_input(tiny_prm_dir: Path, tmp_path: Path) -> None:
+def test_bad_input(refused, tiny_prm_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     flags = ("--model", tiny_prm_dir, "--output_dir")
-    taken = export(*flags, tmp_path)
-    wrong = export(*flags, tmp_path / "out", "--results", tmp_path / "results.json")
+    assert "already exists" in refused(EXPORT, *flags, tmp_path)
+    flags += (tmp_path / "out", "--results")
+    assert "no results.json" in refused(EXPORT, *flags, tmp_path / "results.json")
     results = replace(evaluation({"a": [0.1, 0.9]}), models={"a": "x/export"})
     write_results(tmp_path / "other.json", results)
-    other = export(*flags, tmp_path / "out", "--results", tmp_path / "other.json")
-    faults = {"already exists": taken, "no results.json": wrong, "evaluation of x/export": other}
-    for says, done in faults.items():
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert "evaluation of x/export" in refused(EXPORT, *flags, tmp_path / "other.json")
     assert not (tmp_path / "out").exists()
