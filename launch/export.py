@@ -17,7 +17,7 @@ import yaml
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.results import read_results
-from dreamprm_dist.files import whole_folder
+from dreamprm_dist.files import whole_folder, whole_lines
 from dreamprm_dist.flags import flag, parse_args, run
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.training.export import INSTANCE_WEIGHTS, save_model
@@ -55,7 +55,7 @@ def _of_run(folder: Path) -> tuple[dict, dict | None]:
     settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if not (settings.is_file() and metrics.is_file()):
         return {}, None
-    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line[-1:] == "}"]
+    lines = whole_lines(metrics)
     values = yaml.safe_load(settings.read_text(encoding="utf-8"))
     return values, json.loads(lines[-1]) if lines else None
 

@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import whole_lines
 
 MOST_POINTS = 400  # of a curve; more would only make the page heavy
 
@@ -34,9 +35,9 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # A killed run may leave half a line; a resumed one writes some iterations again.
-        rows = {r["iteration"]: r for r in (json.loads(x) for x in lines if x.endswith("}"))}
+        lines = whole_lines(path) if path.exists() else []
+        # A resumed run writes some iterations again.
+        rows = {row["iteration"]: row for row in map(json.loads, lines)}
         config, weights = folder / "config.yaml", folder / "export" / "instance_weights.parquet"
         return cls(
             folder.resolve().name,

@@ -13,10 +13,9 @@ from dreamprm_dist.reweighters.base import Reweighter
 
 
 class Uniform(Reweighter):
-    """Nothing is learned."""
+    """Nothing is learned, so that no upper step is taken and no weights are exported."""
 
     learns = False
-    lr = 0.0
 
     def raw_weights_of(self, batch: Batch, features: Tensor) -> Tensor:
         return torch.ones(len(batch), device=self.device)
@@ -37,9 +36,6 @@ class Uniform(Reweighter):
 
     def statistics(self) -> dict[str, float]:
         return {}
-
-    def local_raw_weights(self) -> Tensor:
-        return torch.ones(self.partition.num_rows, device=self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
