@@ -1,6 +1,7 @@
 """Estimators of the hypergradient: derivatives along v of what the lower level computes.
 
-An estimator is called with
+`ghost` takes them from the backward pass of the lower step itself, with a v that is known before
+it; see `ghost.Ghost`. The others are taken after it: such an estimator is called with
 
 - `function`: parameters by name -> an `Observation` of a micro-batch, a pure function,
 - `parameters`: the trained parameters by name,
@@ -13,46 +14,43 @@ losses' is <grad l_i, v>. The reweighter turns them into the hypergradient of wh
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
-
-from torch import Tensor
+from typing import ClassVar, Literal, NamedTuple
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import FlagGroup, flag
 from dreamprm_dist.hypergradient.finite_difference import finite_difference
-from dreamprm_dist.hypergradient.gradient_dot import gradient_dot
 from dreamprm_dist.hypergradient.jvp import jvp
-from dreamprm_dist.hypergradient.sama import adam_derivative
 
 
 class Estimator(NamedTuple):
     """An estimator and what it asks of the run.
 
     Attributes:
-        function: see the package's docstring.
+        function: see the package's docstring; None where the lower step itself gives them.
         forward_mode: it differentiates in forward mode, which no flash kernel can.
         differentiates_features: it also gives the derivative of the step features; without it,
             weights must not depend on the PRM's parameters.
         exact_in_bf16: its error in bf16 is that of the precision.
-        precondition: gives the diagonal that v is multiplied by first, from the lower optimizer's
-            state of some parameters after its step: (first moment, second moment, the gradient
-            that the optimizer was given, steps taken, betas, eps) -> diagonal, all tensors of one
-            shape.
     """
 
-    function: Callable
+    function: Callable | None
     forward_mode: bool = False
     differentiates_features: bool = True
     exact_in_bf16: bool = True
-    precondition: Callable[..., Tensor] | None = None
+
+    @property
+    def in_lower_step(self) -> bool:
+        """Whether v is taken before the lower step, which gives the derivatives."""
+        return self.function is None
 
 
 ESTIMATORS = {
+    "ghost": Estimator(None, differentiates_features=False),
     "jvp": Estimator(jvp, forward_mode=True),
     "finite_difference": Estimator(finite_difference, exact_in_bf16=False),
-    "sama": Estimator(jvp, forward_mode=True, precondition=adam_derivative),
-    "gradient_dot": Estimator(gradient_dot, differentiates_features=False),
 }
+# One that was a name of its own: jvp with precondition adam.
+SAMA = "sama"
 
 
 @dataclass
@@ -61,7 +59,18 @@ class HypergradientConfig(FlagGroup):
 
     _argument_group_name: ClassVar[str] = "hypergradient"
 
-    hypergradient: str = flag("jvp", "Estimator of the hypergradient.", choices=ESTIMATORS)
+    removed: ClassVar = {"hypergradient": {"gradient_dot": "use ghost or jvp"}}
+
+    hypergradient: str = flag(
+        "jvp",
+        "Estimator of the hypergradient. ghost: from the backward pass of the lower step, for a "
+        "third of what jvp costs; jvp: the paper's order, after the step; sama: jvp with "
+        "precondition adam.",
+        choices=[*ESTIMATORS, SAMA],
+    )
+    precondition: Literal["none", "adam"] = flag(
+        "none", "What v is multiplied by: adam: the derivative of the lower level's Adam step."
+    )
     hypergradient_scope: str = flag(
         "all",
         "Parameters that v covers: all, language_model, or last_N_layers such as last_4_layers.",
@@ -74,3 +83,13 @@ class HypergradientConfig(FlagGroup):
                 f"hypergradient_scope {self.hypergradient_scope!r} is unknown; use all, "
                 "language_model, or last_N_layers such as last_4_layers"
             )
+
+    @property
+    def estimator(self) -> Estimator:
+        """What `hypergradient` names."""
+        return ESTIMATORS["jvp" if self.hypergradient == SAMA else self.hypergradient]
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether v is seen through the lower level's Adam step."""
+        return self.precondition == "adam" or self.hypergradient == SAMA

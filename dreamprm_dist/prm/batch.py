@@ -69,6 +69,7 @@ class Batch:
         step_targets: (n,) token ids of the labels, `IGNORE_INDEX` where unlabelled.
         sample_ids: (B,) int64.
         true_false: (B,) float32, 1 where the final answer is right (meta instances only).
+        tile_rows: (U,) the instance that each tile belongs to; None where instances may share one.
     """
 
     input_ids: Tensor
@@ -79,6 +80,7 @@ class Batch:
     step_targets: Tensor
     sample_ids: Tensor
     true_false: Tensor
+    tile_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -136,19 +138,28 @@ def encode_instance(
     return Instance(encoded, tiles, sample_id, true_false)
 
 
-def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
-    """Pad instances into one batch."""
+def collate(instances: Sequence[Instance], pad_token_id: int, *, share_tiles: bool = True) -> Batch:
+    """Pad instances into one batch.
+
+    Args:
+        share_tiles: tiles that several instances show are held once; else each has its own.
+    """
     lengths = [len(instance.encoded.input_ids) for instance in instances]
     input_ids = torch.full((len(instances), max(lengths)), pad_token_id)
     for row, instance in enumerate(instances):
         input_ids[row, : lengths[row]] = torch.tensor(instance.encoded.input_ids)
-    shown = [image for instance in instances for image in instance.images]
-    different = list({id(image): image for image in shown}.values())
-    starts = accumulate((len(image) for image in different), initial=0)
+    shown = [
+        ((None if share_tiles else row, id(image)), image)
+        for row, instance in enumerate(instances)
+        for image in instance.images
+    ]
+    different = dict(shown)
+    starts = accumulate((len(image) for image in different.values()), initial=0)
     places = {
-        id(image): range(start, start + len(image))
-        for image, start in zip(different, starts, strict=False)
+        key: range(start, start + len(image))
+        for (key, image), start in zip(different.items(), starts, strict=False)
     }
+    tile_rows = [row for (row, _), image in different.items() for _ in image]
     steps = [
         (row, position, target)
         for row, instance in enumerate(instances)
@@ -159,10 +170,11 @@ def collate(instances: Sequence[Instance], pad_token_id: int) -> Batch:
     step_rows, step_positions, step_targets = torch.tensor(steps).T.contiguous()
     return Batch(
         input_ids=input_ids,
-        pixel_values=torch.cat(different) if different else None,
+        pixel_values=torch.cat(list(different.values())) if different else None,
         shown_tiles=torch.tensor(
-            [place for image in shown for place in places[id(image)]], dtype=torch.long
+            [place for key, _ in shown for place in places[key]], dtype=torch.long
         ),
+        tile_rows=None if share_tiles else torch.tensor(tile_rows, dtype=torch.long),
         step_rows=step_rows,
         step_positions=step_positions,
         step_targets=step_targets,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,10 +21,8 @@ from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import FlagGroup, flag
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.attention import attention_implementation, forward_mode
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
-
-if TYPE_CHECKING:
-    from dreamprm_dist.prm.batch import Batch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -155,6 +154,66 @@ class PRM(nn.Module):
         if not names:
             raise InputError(f"hypergradient_scope {scope}: all of its parameters are frozen")
         return names
+
+    def by_use(
+        self, parameters: Mapping[str, Tensor], v: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Some parameters and v by their uses: a matrix that is embedding and head has two.
+
+        In its use as an embedding v is 0 at the row of padding, to which autograd gives no
+        gradient; forward mode and finite differences would move it.
+        """
+        first = {p: name for name, p in self.named_parameters()}
+        used, moved = {}, {}
+        for use, p in self.named_parameters(remove_duplicate=False):
+            owner = self.get_submodule(use.rpartition(".")[0])
+            if first[p] in parameters:
+                used[use] = parameters[first[p]]
+            if first[p] in v:
+                moved[use] = v[first[p]]
+                if isinstance(owner, nn.Embedding) and owner.padding_idx is not None:
+                    moved[use] = moved[use].clone()
+                    moved[use][owner.padding_idx] = 0
+        return used, moved
+
+    def instances_of_rows(self, batch: Batch) -> dict[str, Tensor]:
+        """The instance that each row of a module's tensors belongs to, by prefix of its name.
+
+        The first dimension is that of tiles, which no two instances may share, of instances, or of
+        steps.
+        """
+        device = batch.input_ids.device
+        # Where there are none, the rows are those of the blank tile.
+        tiles = torch.zeros(1, dtype=torch.long, device=device)
+        if batch.pixel_values is not None:
+            assert batch.tile_rows is not None
+            tiles = batch.tile_rows
+        return {
+            "model.model.vision_tower.": tiles,
+            "model.model.multi_modal_projector.": tiles,
+            "model.model.language_model.": torch.arange(len(batch), device=device),
+            "model.lm_head.": batch.step_rows,
+        }
+
+    def example_batch(self) -> Batch:
+        """Noise: two instances with three tiles and four steps between them."""
+        device, image_token = self.model.device, self.model.config.image_token_id
+        text = [token for token in range(5) if token != image_token][:4]
+        tile = [image_token] * self.tokens_per_tile
+        input_ids = [tile + text + tile, tile + text + text[:1] * len(tile)]
+        tiles = torch.randn(3, 3, self.tile_size, self.tile_size, device=device)
+        steps = torch.tensor([0, 0, 0, 1], device=device)
+        return Batch(
+            input_ids=torch.tensor(input_ids, device=device),
+            pixel_values=tiles,
+            shown_tiles=torch.arange(3, device=device),
+            tile_rows=torch.tensor([0, 0, 1], device=device),
+            step_rows=steps,
+            step_positions=len(tile) + torch.arange(4, device=device),
+            step_targets=steps,
+            sample_ids=torch.arange(2),
+            true_false=torch.zeros(2, device=device),
+        )
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward passes.

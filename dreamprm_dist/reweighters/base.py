@@ -105,7 +105,9 @@ class Reweighter(ABC):
 
     @abstractmethod
     def step(self) -> Tensor:
-        """Apply the hypergradient, then forget it. One with a NaN or infinity is only forgotten.
+        """Apply the hypergradient, then forget it.
+
+        One with a NaN or infinity is only forgotten, and where none was added nothing is done.
 
         Returns:
             its squared norm before clipping, this rank's share of it: the sum over the ranks is

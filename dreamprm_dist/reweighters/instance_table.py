@@ -66,6 +66,8 @@ class InstanceTable(Reweighter):
         self._pending.clear()
 
     def step(self) -> Tensor:
+        if not self._pending:
+            return torch.tensor(torch.nan, device=self.device)
         gradient = self.hypergradient()
         self.forget()
         squared_norm = gradient.values().square().sum()

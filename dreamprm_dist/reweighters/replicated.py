@@ -67,6 +67,8 @@ class ReplicatedReweighter(Reweighter):
         self._optimizer.zero_grad()
 
     def step(self) -> Tensor:
+        if all(p.grad is None for p in self.module.parameters()):
+            return torch.tensor(torch.nan, device=self.device)
         total = self.hypergradient()
         squared_norm = total.square().sum()
         if not squared_norm.isfinite():

@@ -27,7 +27,7 @@ from dreamprm_dist.flags import (
     flag,
     parse_args,
 )
-from dreamprm_dist.hypergradient import ESTIMATORS, HypergradientConfig
+from dreamprm_dist.hypergradient import HypergradientConfig
 from dreamprm_dist.losses import MetaLossConfig
 from dreamprm_dist.prm.model import ModelConfig
 from dreamprm_dist.reweighters import REWEIGHTERS
@@ -178,13 +178,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.retrain or self.run.baseline:
             self.reweighter = dataclasses.replace(self.reweighter, reweighter="uniform")
-        estimator = self.hypergradient.hypergradient
         if self.reweighter.differentiate_weights and not (
-            ESTIMATORS[estimator].differentiates_features
+            self.hypergradient.estimator.differentiates_features
         ):
             raise InputError(
-                f"{estimator} cannot differentiate weights that depend on the PRM; use jvp, or "
-                "leave differentiate_weights out"
+                f"{self.hypergradient.hypergradient} gives derivatives of losses alone, and cannot "
+                "differentiate weights that depend on the PRM; use jvp, or leave "
+                "differentiate_weights out"
             )
         if self.run.keep_best and not self.data.meta_validation_fraction:
             raise InputError("keep_best needs a meta_validation_fraction above 0")

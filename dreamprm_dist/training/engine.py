@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,13 +18,15 @@ from torch.func import functional_call
 
 from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.hypergradient.sama import adam_derivative
+from dreamprm_dist.hypergradient.tap import TappedBatch
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.reweighters.schedules import build_schedule
 from dreamprm_dist.training.config import TrainConfig
 from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
-from dreamprm_dist.training.zero_state import ZeroState
+from dreamprm_dist.training.zero_state import Fragment, ZeroState
 
 CHECKPOINT_TAG = "state"
 DS_CONFIGS = resources.files("dreamprm_dist") / "ds_configs"
@@ -42,11 +45,13 @@ class LowerStep:
         gradient_norm: global norm of the averaged gradient before clipping.
         applied: False when a loss or the gradient was NaN or infinite on some rank: then the
             parameters moved on none.
+        products: <grad l_i, v> before the step, if it was tapped.
     """
 
     lr: float
     losses: Tensor
     weights: Tensor
+    products: Tensor | None
     gradient_norm: float
     applied: bool
 
@@ -67,7 +72,6 @@ class Engine:
         config: TrainConfig,
         num_steps: int,
         device: torch.device,
-        keep_gradients: bool = False,
     ):
         self.device = device
         if device.type == "cpu":  # DeepSpeed would take a GPU that is there
@@ -103,8 +107,10 @@ class Engine:
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.zero = ZeroState(self._deepspeed, list(self.parameters.values()))
         self._scope = self.module.parameters_in(config.hypergradient.hypergradient_scope)
-        self._last_gradients: dict[Tensor, Tensor] = {}
-        if keep_gradients:
+        self._last_gradients: dict[Tensor, Tensor] | None = None
+        hypergradient = config.hypergradient
+        if hypergradient.preconditions and not hypergradient.estimator.in_lower_step:
+            self._last_gradients = {}
             optimizer.register_step_pre_hook(self._keep_gradients)
 
     @property
@@ -113,32 +119,44 @@ class Engine:
         return self._deepspeed.optimizer.param_groups[0]["lr"]
 
     def lower_step(
-        self, micro_batches: Sequence[Batch], weigh: Callable[[StepOutput, Tensor, Batch], Tensor]
+        self,
+        micro_batches: Sequence[Batch],
+        weigh: Callable[[StepOutput, Tensor, Batch], Tensor],
+        tapping: Callable[[Batch], AbstractContextManager[TappedBatch]] | None = None,
     ) -> LowerStep:
         """One optimizer step on (1/G) sum_i w_i l_i over the global batch of G instances.
 
         Args:
             micro_batches: this rank's part, as many as the accumulation steps, of equal size.
             weigh: what the PRM says, the losses (B,) and the batch to weights (B,).
+            tapping: `Ghost.tapping` along some v, where the step is to give products.
         """
-        all_losses, all_weights, lr = [], [], self.lr
-        self._last_gradients.clear()
+        all_losses, all_weights, products, lr = [], [], [], self.lr
+        if self._last_gradients:
+            self._last_gradients.clear()
         for batch in micro_batches:
-            output = self._deepspeed(batch)
-            losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
-            weights = weigh(output, losses, batch)
-            # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by B:
-            # together 1/G.
-            loss = (weights * losses).mean()
-            # An infinite loss may have a finite gradient; NaN is what ZeRO sees.
-            self._deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
+            with tapping(batch) if tapping else nullcontext() as tapped:
+                output = self._deepspeed(batch)
+                losses = instance_losses(
+                    output.logits, batch.step_targets, batch.step_rows, len(batch)
+                )
+                weights = weigh(output, losses, batch)
+                weighted = tapped.weigh_in_backward(losses, weights) if tapped else weights * losses
+                # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by
+                # B: together 1/G.
+                loss = weighted.mean()
+                # An infinite loss may have a finite gradient; NaN is what ZeRO sees.
+                self._deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             self._deepspeed.step()
             all_losses.append(losses.detach())
             all_weights.append(weights.detach())
+            if tapped:
+                products.append(tapped.products)
         return LowerStep(
             lr=lr,
             losses=torch.cat(all_losses),
             weights=torch.cat(all_weights),
+            products=torch.cat(products) if products else None,
             gradient_norm=float(self._deepspeed.get_global_grad_norm()),
             applied=self._deepspeed.was_step_applied(),
         )
@@ -184,34 +202,44 @@ class Engine:
         distributed.all_reduce_mean(v)
         return dict(zip(self._scope, v, strict=True)), torch.cat(all_losses)
 
-    def precondition(
-        self, v: Mapping[str, Tensor], diagonal: Callable[..., Tensor]
-    ) -> dict[str, Tensor]:
-        """v times a diagonal of the optimizer's state, which each rank has for its partition.
+    def precondition(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """v times the derivative of the lower level's Adam step, by each rank for its partition.
 
-        Args:
-            diagonal: `hypergradient.sama.adam_derivative` or its like.
+        It is that of the step just taken, at its gradient. Where v is taken before the step, it is
+        that of the last one with the first moment for its gradient, so that it follows from the
+        optimizer's state alone; v itself before the first one.
         """
         optimizer = self.zero.optimizer
         (settings,) = {(g["betas"], g["eps"]) for g in optimizer.param_groups}
         product = {name: torch.zeros_like(tangent) for name, tangent in v.items()}
         for name, tangent in v.items():
             fragment = self.zero.fragment(self.parameters[name])
-            # None of it lies in this rank's partition, or the last step was skipped.
-            if fragment is None or fragment.partition not in self._last_gradients:
+            if fragment is None:  # none of it lies in this rank's partition
                 continue
-            state = optimizer.state[fragment.partition]
-            gradient = self._last_gradients[fragment.partition]
-            moments = (state["exp_avg"], state["exp_avg_sq"], gradient)
-            factor = diagonal(
-                *(t[fragment.place] for t in moments), float(state["step"]), *settings
-            )
             part = tangent.reshape(-1)[fragment.within]
+            factor = self._adam_derivative(fragment, *settings)
             product[name].view(-1)[fragment.within] = part * factor.to(tangent.device)
         distributed.all_reduce_fragments(list(product.values()))
         return product
 
+    def _adam_derivative(
+        self, fragment: Fragment, betas: tuple[float, float], eps: float
+    ) -> Tensor:
+        state = self.zero.optimizer.state[fragment.partition]
+        step = float(state.get("step", 0))
+        if self._last_gradients is None:
+            if not step:
+                return torch.ones(())
+            gradient = state["exp_avg"][fragment.place] / (1 - betas[0] ** step)
+        elif fragment.partition in self._last_gradients:
+            gradient = self._last_gradients[fragment.partition][fragment.place]
+        else:  # the step was skipped
+            return torch.zeros(())
+        first, second = (state[name][fragment.place] for name in ("exp_avg", "exp_avg_sq"))
+        return adam_derivative(first, second, gradient, step, betas, eps)
+
     def _keep_gradients(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        assert self._last_gradients is not None
         for group in optimizer.param_groups:
             self._last_gradients.update({p: p.grad for p in group["params"] if p.grad is not None})
 

@@ -1,8 +1,7 @@
 """The two data streams of a run: each step's micro-batches of this rank, in the design's order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
@@ -34,6 +33,7 @@ class RankBatches(Dataset):
         micro_batch_size: draws per micro-batch.
         seed, level: of the order of draws, see `sampler.rank_draws`.
         by_question: a draw is a meta question, which brings all of its solutions.
+        share_tiles: see `collate`.
     """
 
     shards: ShardFolder | RowSubset
@@ -46,6 +46,7 @@ class RankBatches(Dataset):
     rank: int
     world_size: int
     by_question: bool = False
+    share_tiles: bool = True
 
     def __post_init__(self) -> None:
         self._questions: list[list[range]] = []
@@ -70,9 +71,11 @@ class RankBatches(Dataset):
         drawn.sort(key=lambda instances: max(len(i.encoded.input_ids) for i in instances))
         size = self.micro_batch_size
         return [
-            collate(list(chain(*drawn[i : i + size])), self.tokenizer.pad_token_id)
-            for i in range(0, len(drawn), size)
+            self._collate(list(chain(*drawn[i : i + size]))) for i in range(0, len(drawn), size)
         ]
+
+    def _collate(self, instances: Sequence[Instance]) -> Batch:
+        return collate(instances, self.tokenizer.pad_token_id, share_tiles=self.share_tiles)
 
     def _rows(self, shard: int, index: int) -> list[tuple[int, int]]:
         """The rows that a draw stands for: one, or all of a question."""
@@ -126,7 +129,7 @@ class RankBatches(Dataset):
             batch_sampler=[
                 list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)
             ],
-            collate_fn=partial(collate, pad_token_id=self.tokenizer.pad_token_id),
+            collate_fn=self._collate,
             num_workers=num_workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=leave_signals_to_the_rank,

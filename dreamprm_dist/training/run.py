@@ -18,7 +18,7 @@ from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.files import whole_folder
-from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -91,17 +91,16 @@ class TrainingRun:
         )
 
         lower, upper = config.lower, config.upper
+        estimator = config.hypergradient.estimator
+        ghost = Ghost(prm) if config.learns and estimator.in_lower_step else None
         self.lower_batches = self._batches(
-            train_shards, LOWER, lower.batch_size, lower.gradient_accumulation
+            train_shards,
+            LOWER,
+            lower.batch_size,
+            lower.gradient_accumulation,
+            share_tiles=ghost is None,
         )
-        estimator = ESTIMATORS[config.hypergradient.hypergradient]
-        engine = Engine(
-            prm,
-            config,
-            config.run.iteration_num * upper.unroll_steps,
-            device,
-            keep_gradients=estimator.precondition is not None,
-        )
+        engine = Engine(prm, config, config.run.iteration_num * upper.unroll_steps, device)
         self.meta_batches = self.validation_batches = None
         meta: ShardFolder | RowSubset | None = meta_shards
         if meta_shards and (fraction := config.data.meta_validation_fraction):
@@ -123,7 +122,7 @@ class TrainingRun:
             if config.model.precision == "bf16" and not estimator.exact_in_bf16:
                 logger.warning(
                     "%s in bf16 has an error of tens of percent, for its step vanishes in the "
-                    "rounding of the parameters; use jvp, or precision fp32",
+                    "rounding of the parameters; use ghost or jvp, or precision fp32",
                     config.hypergradient.hypergradient,
                 )
         label_ids = label_token_ids(self.tokenizer)
@@ -138,7 +137,7 @@ class TrainingRun:
         )
         make = REWEIGHTERS[config.reweighter.reweighter]
         reweighter: Reweighter = make(config.reweighter, config.meta_optimizer, context)
-        self.trainer = BilevelTrainer(engine, reweighter, config, label_ids)
+        self.trainer = BilevelTrainer(engine, reweighter, config, label_ids, ghost)
         self._warned_of_negative_weights = False
 
     def _batches(
@@ -149,6 +148,7 @@ class TrainingRun:
         accumulation: int,
         *,
         by_question: bool = False,
+        share_tiles: bool = True,
     ) -> RankBatches:
         world_size = distributed.world_size()
         global_batch_size = batch_size * accumulation * world_size
@@ -164,6 +164,7 @@ class TrainingRun:
             rank=distributed.rank(),
             world_size=world_size,
             by_question=by_question,
+            share_tiles=share_tiles,
         )
         batches.check_lengths()
         return batches

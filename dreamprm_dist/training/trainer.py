@@ -1,14 +1,15 @@
 """Bi-level training: lower steps on weighted data, then one upper step on the weights.
 
 Lower level: theta minimises (1/N) sum_i w_i l_i(theta). Upper level: the weights minimise the meta
-loss at the resulting theta. After an unroll of lower steps to theta',
+loss at the resulting theta. The one-step hypergradient of DARTS (arXiv:1806.09055), without the
+factor lr, is for the G instances of a lower batch
 
-    v = grad_theta L_meta(theta'),    dL/dw_i = -(1/G) <grad l_i(theta'), v>,
+    v = grad_theta L_meta,    dL/dw_i = -(1/G) <grad l_i, v>.
 
-the one-step hypergradient of DARTS (arXiv:1806.09055) without the factor lr, for the G instances of
-the last lower batch. With `unroll_window: all` each lower batch receives it, at the parameters
-right after its own step and with v taken there, from one meta batch for the whole unroll. With
-`rollback` the unroll is then undone and taken again with the new weights.
+Most estimators take both after the lower step. `ghost` takes v at the start of the unroll and the
+products from each lower step itself; the two orders differ by O(lr). The last lower batch of an
+unroll receives its hypergradient, and with `unroll_window: all` each of them. With `rollback` the
+unroll is then undone and taken again with the new weights.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from dreamprm_dist import distributed
-from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.losses import Observation, instance_losses, meta_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
@@ -70,6 +72,7 @@ class BilevelTrainer:
         reweighter: the weights.
         config: of the run.
         label_ids: token ids of `+` and `-`.
+        ghost: that estimator, where it is the run's.
     """
 
     def __init__(
@@ -78,10 +81,11 @@ class BilevelTrainer:
         reweighter: Reweighter,
         config: TrainConfig,
         label_ids: Mapping[str, int],
+        ghost: Ghost | None = None,
     ):
         self.engine, self.reweighter = engine, reweighter
         self.config, self.label_ids = config, label_ids
-        self.estimator = ESTIMATORS[config.hypergradient.hypergradient]
+        self.ghost = ghost
         self.phases = PhaseTimer(engine.device)
         self.skipped_steps = SkippedSteps(config.run.max_bad_steps)
         self._global_batch_size = config.global_batch_sizes(distributed.world_size())["batch_size"]
@@ -95,9 +99,12 @@ class BilevelTrainer:
         """
         config = self.config.upper
         before = self.engine.zero.snapshot() if config.rollback and meta else None
+        if meta and self.ghost:
+            v, losses, norm = self.meta_gradient(meta)
         for position, micro_batches in enumerate(window, start=1):
-            lower = self.lower_step(micro_batches)
-            if meta and (position == len(window) or config.unroll_window == "all"):
+            learns = meta and (position == len(window) or config.unroll_window == "all")
+            lower = self.lower_step(micro_batches, v if learns and self.ghost else None)
+            if learns and not self.ghost:
                 v, losses, norm = self.meta_gradient(meta)
                 self.add_hypergradient(micro_batches, v)
         upper = self._upper_step(losses, norm) if meta else None
@@ -107,11 +114,32 @@ class BilevelTrainer:
                 lower = self.lower_step(micro_batches)
         return Iteration(lower=lower, upper=upper)
 
-    def lower_step(self, micro_batches: MicroBatches) -> LowerStep:
-        """theta <- AdamW on (1/G) sum_i w_i l_i(theta)."""
+    def lower_step(
+        self, micro_batches: MicroBatches, v: Mapping[str, Tensor] | None = None
+    ) -> LowerStep:
+        """theta <- AdamW on (1/G) sum_i w_i l_i(theta).
+
+        Args:
+            v: for `ghost`, to add the batch's hypergradient at theta to the next upper step. A
+                step that is skipped adds none.
+        """
+        seen: list[Observation] = []
+
+        def weigh(output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
+            features = self.reweighter.features(output, losses, batch)
+            seen.append(Observation(losses.detach(), features.detach()))
+            return self.reweighter.weights(batch, features)
+
+        tapping = partial(self.ghost.tapping, v=v) if self.ghost and v is not None else None
         with self.phases("lower"):
-            step = self.engine.lower_step(micro_batches, self._weigh)
+            step = self.engine.lower_step(micro_batches, weigh, tapping)
         self.skipped_steps.note(not step.applied)
+        if step.products is not None and step.applied:
+            with self.phases("hypergradient"):
+                products = step.products.split([len(batch) for batch in micro_batches])
+                for batch, values, of_batch in zip(micro_batches, seen, products, strict=True):
+                    derivatives = Observation(of_batch, torch.zeros_like(values.features))
+                    self._add(batch, values, derivatives)
         return step
 
     def meta_gradient(
@@ -124,18 +152,18 @@ class BilevelTrainer:
         with self.phases("meta"):
             v, losses = self.engine.meta_gradient(micro_batches, self.meta_losses)
             norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in v.values()]
-            if self.estimator.precondition:
-                v = self.engine.precondition(v, self.estimator.precondition)
+            if self.config.hypergradient.preconditions:
+                v = self.engine.precondition(v)
         return v, losses, torch.stack(norms).norm()
 
     def add_hypergradient(self, micro_batches: MicroBatches, v: Mapping[str, Tensor]) -> None:
         """Add a lower batch's hypergradient at the present parameters to the next upper step."""
         with self.phases("hypergradient"):
             for batch in micro_batches:
-                values, derivatives = self.directional_derivative(batch, v)
-                self.reweighter.add_hypergradient(
-                    batch, values, derivatives, self._global_batch_size
-                )
+                self._add(batch, *self.directional_derivative(batch, v))
+
+    def _add(self, batch: Batch, values: Observation, derivatives: Observation) -> None:
+        self.reweighter.add_hypergradient(batch, values, derivatives, self._global_batch_size)
 
     def _upper_step(self, losses: Tensor, norm: Tensor) -> UpperStep:
         lr = self.reweighter.lr
@@ -145,9 +173,6 @@ class BilevelTrainer:
         return UpperStep(
             meta_losses=losses, meta_gradient_norm=norm, lr=lr, squared_norm=squared_norm
         )
-
-    def _weigh(self, output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
-        return self.reweighter.weights(batch, self.reweighter.features(output, losses, batch))
 
     def meta_losses(self, output: StepOutput, batch: Batch) -> Tensor:
         """Meta losses (B,) of a batch of meta solutions, from what the PRM says of it."""
@@ -162,10 +187,11 @@ class BilevelTrainer:
         module = self.engine.module
 
         def observe(parameters: Mapping[str, Tensor]) -> Observation:
-            output = functional_call(module, dict(parameters), (batch,))
+            output = functional_call(module, dict(parameters), (batch,), tie_weights=False)
             losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
             return Observation(losses, self.reweighter.features(output, losses, batch))
 
-        mode = module.forward_mode() if self.estimator.forward_mode else contextlib.nullcontext()
-        with mode:
-            return self.estimator.function(observe, self.engine.parameters, v)
+        estimator = self.config.hypergradient.estimator
+        assert estimator.function is not None
+        with module.forward_mode() if estimator.forward_mode else contextlib.nullcontext():
+            return estimator.function(observe, *module.by_use(self.engine.parameters, v))

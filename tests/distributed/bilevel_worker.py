@@ -2,12 +2,14 @@
 
     torchrun --nproc_per_node W bilevel_worker.py OUT MODEL VARIANTS
 
-VARIANTS is JSON: a name to {"flags": [...], "shards": folder, "mutant": name or absent}; a mutant
-is a defect put in on purpose, to see that the comparison finds it.
+VARIANTS is JSON: a name to {"flags": [...], "shards": folder, "mutant": name or absent,
+"iterations": number or absent}; a mutant is a defect put in on purpose, to see that the comparison
+finds it.
 """
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ SETTINGS = """
 """.split()
 
 
-def results(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
+def results(out: Path, model: str, shards: Path, flags: list[str], iterations: int) -> dict:
     config = parse_train_config(
         [
             *SETTINGS,
@@ -51,7 +53,7 @@ def results(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
     engine.meta_gradient = recorded
     metrics = [
         run.metrics(i, run.trainer.iteration(*batches))
-        for i, batches in enumerate(run.data(), start=1)
+        for i, batches in enumerate(islice(run.data(), iterations), start=1)
     ]
     gathered = run.instance_weights()
     v = torch.stack(directions)
@@ -69,12 +71,15 @@ def results(out: Path, model: str, shards: Path, flags: list[str]) -> dict:
 
 
 def meta_step_leaves_the_engine_as_it_is(run: TrainingRun) -> bool:
-    """Take a meta gradient and its hypergradient; is every bit that ZeRO holds the same?"""
+    """Take a meta gradient and, but for `ghost`, which takes it from the lower step, its
+    hypergradient; is every bit that ZeRO holds the same?
+    """
     trainer = run.trainer
     before = trainer.engine.zero.snapshot()
     window, meta = next(run.data())
     v, _, _ = trainer.meta_gradient(meta)
-    trainer.add_hypergradient(window[-1], v)
+    if not trainer.ghost:
+        trainer.add_hypergradient(window[-1], v)
     after = trainer.engine.zero.snapshot()
     tensors = [
         [*s.parameters, *s.partitions, *(t for state in s.optimizer for t in state.values())]
@@ -116,7 +121,13 @@ def main() -> None:
         if "mutant" in variant:
             put_in(variant["mutant"])
         try:
-            result = results(out, model, Path(variant["shards"]), variant["flags"])
+            result = results(
+                out,
+                model,
+                Path(variant["shards"]),
+                variant["flags"],
+                variant.get("iterations", ITERATIONS),
+            )
         except ValueError as error:
             result = {"error": str(error)}
         engine.distributed.all_reduce_mean, loader.rank_draws = restore

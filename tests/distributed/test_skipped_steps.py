@@ -13,10 +13,19 @@ VARIANTS = {
     "net": "--reweighter instance_net --activation_function sigmoid --strategy zero1 "
     "--precision bf16",
     "sama": "--hypergradient sama --strategy zero2_offload",
+    "ghost_table": "--hypergradient ghost --precondition adam --strategy zero2_offload",
+    "ghost_net": "--hypergradient ghost --reweighter instance_net --activation_function sigmoid "
+    "--strategy zero1 --precision bf16",
+    "ghost_domain_table": "--hypergradient ghost --reweighter domain_table",
+    "ghost_window": "--hypergradient ghost --unroll_steps 2 --unroll_window all",
 }
 # Whether PRM and weights move in an iteration, and the steps that are skipped; by what is NaN or
-# infinite in it: lower batch (and with it the hypergradient), meta batch, lower loss, nothing.
+# infinite in it: first lower batch, meta batch, lower losses, nothing. The hypergradient is taken
+# at the same batch whatever its loss is, but by `ghost`: a lower step that is skipped has none.
 EXPECTED = [(False, False, 2), (True, False, 1), (False, True, 1), (True, True, 0)]
+EXPECTED_OF_GHOST = [(False, False, 2), (True, False, 1), (False, False, 2), (True, True, 0)]
+# The first of two lower steps is skipped: the other one moves both.
+EXPECTED_OF_WINDOW = [(True, True, 1), (True, False, 1), (False, False, 3), (True, True, 0)]
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +46,21 @@ def ranks(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> list[dict]
     return results
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bad_step_is_skipped_on_all_ranks_and_the_run_goes_on(ranks, variant: str):
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        *((name, EXPECTED) for name in ("table", "net", "sama")),
+        *((name, EXPECTED_OF_GHOST) for name in ("ghost_table", "ghost_net", "ghost_domain_table")),
+        ("ghost_window", EXPECTED_OF_WINDOW),
+    ],
+    ids=VARIANTS,
+)
+def test_a_bad_step_is_skipped_on_all_ranks_and_the_run_goes_on(
+    ranks, variant: str, expected: list[tuple[bool, bool, int]]
+):
     for rank in ranks:
         states, counts = rank[variant]["states"], rank[variant]["counts"]
-        for step, (moves, reweighs, skipped) in enumerate(EXPECTED):
+        for step, (moves, reweighs, skipped) in enumerate(expected):
             before, after = states[step : step + 2]
             assert all(t.isfinite().all() for t in after.values()), step
             assert counts[step] == skipped, step

@@ -23,9 +23,17 @@ from started_run import (
 from dreamprm_dist.training.checkpoint_files import MANIFEST
 
 
+class GhostRun(Run):
+    """One whose hypergradient is read from the optimizer's state too, and every batch has one."""
+
+    def __init__(self, folder: Path, model: Path, shards: Path):
+        super().__init__(folder, model, shards)
+        self.data += "--hypergradient ghost --precondition adam --unroll_window all".split()
+
+
 @pytest.fixture(scope="module")
 def new_run(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path):
-    return lambda: Run(tmp_path_factory.mktemp("resume"), tiny_prm_dir, tiny_shards)
+    return lambda: GhostRun(tmp_path_factory.mktemp("resume"), tiny_prm_dir, tiny_shards)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +178,7 @@ def small_disk(tmp_path: Path, whole: Run) -> Iterator[Path]:
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     small_disk: Path, tiny_prm_dir: Path, tiny_shards: Path, whole: Run
 ):
-    run = Run(small_disk, tiny_prm_dir, tiny_shards)
+    run = GhostRun(small_disk, tiny_prm_dir, tiny_shards)
     with run.started() as ranks:
         assert [process.wait(timeout=120) for process in ranks] == [2, 2]
     (said,) = (line for line in run.log().splitlines() if "error" in line)

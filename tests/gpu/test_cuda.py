@@ -1,4 +1,5 @@
-"""What only a GPU can show: CUDA start-up, bf16 under ZeRO-2, flash attention beside SDPA, JVP."""
+"""What only a GPU can show: CUDA start-up, bf16 under ZeRO-2, flash attention beside SDPA, JVP and
+taps."""
 
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import torch
 from reweighting import rank_batches
 from torch.func import functional_call
 
+from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import Observation, instance_losses
 from dreamprm_dist.prm.batch import InputFormat
@@ -27,7 +29,7 @@ SIZE = 8
 def batch_for(prm, model: Path, shards: Path):
     format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
     tokenizer = load_tokenizer(str(model))
-    return rank_batches(shards, tokenizer, format, SIZE)[0][0]
+    return rank_batches(shards, tokenizer, format, SIZE, share_tiles=False)[0][0]
 
 
 def observer(prm, batch):
@@ -39,6 +41,13 @@ def observer(prm, batch):
     return observe
 
 
+def ghost_products(prm, batch, v):
+    with Ghost(prm).tapping(batch, v) as tapped:
+        losses = instance_losses(prm(batch).logits, batch.step_targets, batch.step_rows, len(batch))
+        tapped.weigh_in_backward(losses, torch.ones_like(losses)).mean().backward()
+    return tapped.products
+
+
 def test_cuda_gives_the_cpus_losses_and_products(tiny_prm_dir: Path, tiny_shards: Path):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -48,12 +57,35 @@ def test_cuda_gives_the_cpus_losses_and_products(tiny_prm_dir: Path, tiny_shards
         batch = batch_for(prm, tiny_prm_dir, tiny_shards / "train").to(device)
         parameters = dict(prm.named_parameters())
         observe = observer(prm, batch)
-        v = torch.autograd.grad(observe(parameters).losses.mean(), list(parameters.values()))
+        losses = observe(parameters).losses
+        gradients = torch.autograd.grad(losses.mean(), list(parameters.values()))
+        v = dict(zip(parameters, gradients, strict=True))
         with prm.forward_mode():
-            products = jvp(observe, parameters, dict(zip(parameters, v, strict=True)))[1].losses
-        results.append((observe(parameters).losses.detach().cpu(), products.cpu()))
+            products = jvp(observe, parameters, v)[1].losses
+        found = losses.detach(), products, ghost_products(prm, batch, v)
+        results.append([values.cpu() for values in found])
     for cpu, cuda in zip(*results, strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)  # float32 sums, other orders
+    torch.testing.assert_close(results[1][2], results[1][1], rtol=1e-3, atol=1e-4)
+
+
+def test_ghost_in_bf16_is_near_its_products_in_fp32(tiny_prm_dir: Path, tiny_shards: Path):
+    """At the same rounded parameters and v, with the attention that training has."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda")
+    rounded, exact = (load_prm(str(tiny_prm_dir), p, device).train() for p in ("bf16", "fp32"))
+    exact.load_state_dict(rounded.state_dict())
+    batch = batch_for(exact, tiny_prm_dir, tiny_shards / "train").to(device)
+    parameters = dict(exact.named_parameters())
+    losses = observer(exact, batch)(parameters).losses
+    gradients = torch.autograd.grad(losses.mean(), list(parameters.values()))
+    v = {name: g.bfloat16() for name, g in zip(parameters, gradients, strict=True)}
+    truth = ghost_products(exact, batch, {name: t.float() for name, t in v.items()})
+    found = ghost_products(rounded, batch, v)
+    assert found.dtype == torch.float32
+    assert (found - truth).norm() <= 0.02 * truth.norm()
+    assert (truth.flip(0) - truth).norm() > 0.1 * truth.norm()  # a permutation would be seen
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash-attn")
@@ -84,6 +116,10 @@ def test_flash_attention_agrees_with_sdpa_and_gives_way_to_the_jvp(
         ["--freeze_vision_tower"],
         ["--freeze_vision_tower", "--hypergradient", "sama"],
         ["--gradient_checkpointing"],
+        ["--hypergradient", "ghost"],
+        ["--hypergradient", "ghost", "--gradient_checkpointing"],
+        ["--hypergradient", "ghost", "--precondition", "adam"],
+        ["--hypergradient", "ghost", "--unroll_steps", "2", "--unroll_window", "all"],
         ["--precision", "fp32"],
         ["--device", "cpu"],
     ],

@@ -1,128 +1,35 @@
-"""Every estimator and reweighter on a real (tiny) InternVL in float64, against double backward.
+"""Every estimator and reweighter on a real (tiny) InternVL in float64, against double backward."""
 
-transformers' RMSNorm computes in float32 whatever the model's dtype, which would limit every
-comparison to about 1e-7; the fixture replaces it by the same formula in the model's own dtype.
-"""
-
-import contextlib
 from pathlib import Path
 
 import pytest
 import torch
-from reweighting import rank_batches, reweighter_of
+from problem import SIZE, Problem, relative_error
+from reweighting import reweighter_of
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.hypergradient.jvp import jvp
-from dreamprm_dist.losses import MetaLossConfig, Observation, instance_losses, meta_losses
-from dreamprm_dist.prm.batch import Batch, InputFormat
-from dreamprm_dist.prm.chat import label_token_ids
-from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
+from dreamprm_dist.hypergradient.sama import adam_derivative
+from dreamprm_dist.losses import Observation
+from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.reweighters.activations import ACTIVATIONS
 from dreamprm_dist.reweighters.base import Reweighter
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
 
-SIZE = 6
 # Two orders of differentiation in float64 agree to about 1e-13; 1e-9 leaves room for the
 # conditioning of a random network and none for a wrong term.
 TOLERANCE = 1e-9
-# A central difference errs by the square of its step times third derivatives, which are large in a
-# random network: 0.5 % at the default step of length 0.01, so 5e-7 at 1e-4.
-RADIUS = 1e-4
 TOLERANCES = {name: 1e-5 if name == "finite_difference" else TOLERANCE for name in ESTIMATORS}
-
-
-def exact_rms_norm(self, hidden):
-    variance = hidden.square().mean(-1, keepdim=True)
-    return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
-
-
-class Problem:
-    """A PRM in float64 with a lower and a meta batch, and v at its parameters."""
-
-    def __init__(self, prm: PRM, tokenizer, shards: Path):
-        self.prm = prm.double().train()
-        self.format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
-        self.lower = self._batch(tokenizer, shards / "train", 0)
-        self.meta = self._batch(tokenizer, shards / "meta", 1)
-        self.label_ids = label_token_ids(tokenizer)
-        self.parameters = {n: p for n, p in prm.named_parameters() if p.requires_grad}
-        loss = meta_losses(
-            prm(self.meta).logits,
-            self.meta.step_rows,
-            self.meta.true_false.double(),
-            self.label_ids,
-            MetaLossConfig(),
-        ).mean()
-        gradients = torch.autograd.grad(
-            loss, list(self.parameters.values()), materialize_grads=True
-        )
-        self.v = dict(zip(self.parameters, gradients, strict=True))
-
-    def _batch(self, tokenizer, folder: Path, level: int) -> Batch:
-        return rank_batches(folder, tokenizer, self.format, SIZE, level)[0][0]
-
-    def observe(self, parameters, reweighter: Reweighter | None = None) -> Observation:
-        batch = self.lower
-        output = functional_call(self.prm, dict(parameters), (batch,))
-        losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
-        if reweighter is None:
-            return Observation(losses, losses.new_zeros(0, 0))
-        return Observation(losses, reweighter.features(output, losses, batch))
-
-    def losses(self, parameters) -> torch.Tensor:
-        return self.observe(parameters).losses
-
-    def per_instance(self) -> torch.Tensor:
-        """<grad l_i, v> by one backward pass for each instance."""
-        losses = self.losses(self.parameters)
-        products = []
-        for loss in losses:
-            gradients = torch.autograd.grad(
-                loss, list(self.parameters.values()), retain_graph=True, materialize_grads=True
-            )
-            products.append(
-                sum((g * v).sum() for g, v in zip(gradients, self.v.values(), strict=True))
-            )
-        return torch.stack(products)
-
-
-@pytest.fixture
-def problem(tiny_prm_dir: Path, tiny_shards: Path, monkeypatch) -> Problem:
-    monkeypatch.setattr(Qwen2RMSNorm, "forward", exact_rms_norm)
-    prm = load_prm(str(tiny_prm_dir), "fp32")
-    return Problem(prm, load_tokenizer(str(tiny_prm_dir)), tiny_shards)
-
-
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
-
-
-def estimate(
-    problem: Problem, name: str, reweighter: Reweighter | None = None, v=None, radius=RADIUS
-):
-    """Values and derivatives of an estimator along v."""
-    v = problem.v if v is None else v
-    settings = {"radius": radius} if name == "finite_difference" else {}
-    forward_mode = ESTIMATORS[name].forward_mode
-    with problem.prm.forward_mode() if forward_mode else contextlib.nullcontext():
-        return ESTIMATORS[name].function(
-            lambda parameters: problem.observe(parameters, reweighter),
-            problem.parameters,
-            v,
-            **settings,
-        )
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_directional_derivatives_are_the_dot_products(problem: Problem, name: str):
-    truth = problem.per_instance()
-    values, derivatives = estimate(problem, name)
+    truth = problem.products()
+    values, derivatives = problem.estimate(name)
     assert relative_error(derivatives.losses, truth) < TOLERANCES[name]
-    assert relative_error(values.losses, problem.losses(problem.parameters).detach()) < TOLERANCE
+    assert relative_error(values.losses, problem.losses().detach()) < TOLERANCE
     # The instances must differ, or a permutation of them would go unnoticed.
     assert relative_error(truth.flip(0), truth) > 0.01
 
@@ -149,17 +56,22 @@ def test_a_tangent_takes_the_memory_of_its_own_parameter_only():
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_an_estimator_leaves_the_parameters_alone_also_when_the_loss_fails(
-    problem: Problem, name: str
+    problem: Problem, name: str, monkeypatch
 ):
     before = {n: p.detach().clone() for n, p in problem.parameters.items()}
-    estimate(problem, name)
+    truth = problem.losses().detach()
+    problem.estimate(name)
 
-    def fails(parameters):
+    def fails(*arguments):
         raise ArithmeticError
 
-    with pytest.raises(ArithmeticError):
-        ESTIMATORS[name].function(fails, problem.parameters, problem.v)
-    assert all(torch.equal(p, before[n]) for n, p in problem.parameters.items())
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
+        patch.setattr("problem.instance_losses", fails)
+        problem.estimate(name)
+    after = dict(problem.prm.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+    assert all(after[n] is p for n, p in problem.parameters.items())
+    assert torch.equal(problem.losses(), truth)
 
 
 @pytest.mark.parametrize("scope", ["language_model", "last_1_layers"])
@@ -169,15 +81,15 @@ def test_a_scope_is_v_with_zeros_elsewhere(problem: Problem, name: str, scope: s
     assert 0 < len(inside) < len(problem.parameters)
     part = {n: t for n, t in problem.v.items() if n in inside}
     padded = {n: t if n in inside else torch.zeros_like(t) for n, t in problem.v.items()}
-    found = estimate(problem, name, v=part)[1].losses
-    truth = estimate(problem, "gradient_dot", v=padded)[1].losses
+    found = problem.estimate(name, v=part)[1].losses
+    truth = problem.products(padded)
     assert relative_error(found, truth) < TOLERANCES[name]
 
 
 def test_finite_difference_is_of_second_order(problem: Problem):
-    truth = problem.per_instance()
+    truth = problem.products()
     errors = [
-        relative_error(estimate(problem, "finite_difference", radius=r)[1].losses, truth)
+        relative_error(problem.estimate("finite_difference", radius=r)[1].losses, truth)
         for r in (0.01, 0.005)
     ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
@@ -206,7 +118,7 @@ def test_sama_sees_v_through_an_adam_step():
         parameter.grad = history[steps - 1]
         optimizer.step()
         torch.testing.assert_close(before - parameter.detach(), update.detach())
-        found = ESTIMATORS["sama"].precondition(
+        found = adam_derivative(
             optimizer.state[parameter]["exp_avg"],
             optimizer.state[parameter]["exp_avg_sq"],
             history[steps - 1],
@@ -255,9 +167,9 @@ def double_backward(problem: Problem, reweighter: Reweighter, parameters) -> tor
     for p in parameters:
         p.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH):  # flash kernels have no second derivative
-        losses, features = problem.observe(problem.parameters, reweighter)
+        losses, features = problem.observe(problem.prm, reweighter)
         weights = reweighter.activate(reweighter.raw_weights_of(problem.lower, features))
-        theta = list(problem.parameters.values())
+        theta = [problem.parameters[name] for name in problem.v]
         gradients = torch.autograd.grad(
             (weights * losses).mean(), theta, create_graph=True, materialize_grads=True
         )
@@ -277,7 +189,7 @@ def test_hypergradients_are_double_backward(problem: Problem, settings: dict):
     for name, estimator in ESTIMATORS.items():
         if reweighter.differentiate_weights and not estimator.differentiates_features:
             continue
-        observed = estimate(problem, name, reweighter)
+        observed = problem.estimate(name, reweighter)
         reweighter.add_hypergradient(problem.lower, *observed, SIZE)
         found = reweighter.hypergradient()
         reweighter.forget()
@@ -285,6 +197,45 @@ def test_hypergradients_are_double_backward(problem: Problem, settings: dict):
         assert relative_error(found, truth) < TOLERANCES[name], name
         for mutant in (-found, found * SIZE, found.flip(0)):
             assert relative_error(mutant, truth) > 0.01
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("scope", ["all", "language_model", "last_1_layers"])
+@pytest.mark.parametrize(
+    "settings", [SETTINGS[0], NETS[0], SETTINGS[-1]], ids=lambda s: s["reweighter"]
+)
+def test_ghost_of_a_window_is_double_backward_along_one_v(
+    problem: Problem, settings: dict, scope: str, checkpointed: bool
+):
+    """At the parameters before each lower step, with the v of the window's start."""
+    problem.v = {name: problem.v[name] for name in problem.prm.parameters_in(scope)}
+    reweighter, parameters = build(problem, settings)
+    generator = torch.Generator().manual_seed(0)
+    moved = [
+        p + 0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for p in problem.parameters.values()
+    ]
+    starts = [[p.detach().clone() for p in problem.parameters.values()], moved]
+
+    def go_to(step: int) -> None:
+        torch._foreach_copy_([p.data for p in problem.parameters.values()], starts[step])
+        problem.lower = problem.window[step]
+
+    truths = []
+    for step in range(2):
+        go_to(step)
+        truths.append(double_backward(problem, reweighter, parameters))
+    if checkpointed:
+        problem.prm.checkpoint_activations()
+    for step in range(2):
+        go_to(step)
+        observed = problem.estimate("ghost", reweighter)
+        reweighter.add_hypergradient(problem.lower, *observed, SIZE)
+    found = reweighter.hypergradient().to_dense()
+    assert relative_error(found, sum(truths)) < TOLERANCE
+    for mutant in (2 * truths[0], 2 * truths[1], truths[1]):  # another batch or another point
+        assert relative_error(mutant, sum(truths)) > 0.01
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -302,7 +253,7 @@ def test_differentiating_weights_changes_the_hypergradient(problem: Problem, nam
 @pytest.mark.usefixtures("one_rank")
 def test_a_lower_step_leaves_nothing_in_the_net(problem: Problem):
     reweighter, parameters = build(problem, NETS[1])
-    losses, features = problem.observe(problem.parameters, reweighter)
+    losses, features = problem.observe(problem.prm, reweighter)
     weights = reweighter.weights(problem.lower, features)
     assert weights.requires_grad
     (weights * losses).mean().backward()
@@ -313,30 +264,26 @@ def test_a_lower_step_leaves_nothing_in_the_net(problem: Problem):
 def test_jvp_with_checkpointed_activations_and_frozen_parts(problem: Problem, scope: str):
     """Non-reentrant checkpointing must not change v or its products."""
     problem.prm.freeze(scope == "language_model", scope == "vision_tower")
-    names = [n for n, p in problem.prm.named_parameters() if p.requires_grad]
-    problem.parameters = {name: problem.parameters[name] for name in names}
-    problem.v = {name: problem.v[name] for name in names}
-    truth = problem.per_instance()
+    problem.train_only({n for n, p in problem.prm.named_parameters() if p.requires_grad})
+    truth = problem.products()
     problem.prm.checkpoint_activations()
-    assert relative_error(estimate(problem, "jvp")[1].losses, truth) < TOLERANCE
-    assert relative_error(problem.per_instance(), truth) < TOLERANCE
+    assert relative_error(problem.estimate("jvp")[1].losses, truth) < TOLERANCE
+    assert relative_error(problem.products(), truth) < TOLERANCE
 
 
 def test_bf16_errors(tiny_prm_dir: Path, tiny_shards: Path):
-    """JVP in bf16 is near the exact product of the same rounded weights, finite difference not.
+    """JVP and ghost in bf16 are near the exact product of the same rounded weights.
 
-    bf16 has 8 bits; the errors of JVP average out over a network to a few tenths of a percent.
+    bf16 has 8 bits; the errors average out over a network to a few tenths of a percent.
     """
     tokenizer = load_tokenizer(str(tiny_prm_dir))
-    rounded = load_prm(str(tiny_prm_dir), "bf16")
-    exact = Problem(load_prm(str(tiny_prm_dir), "bf16"), tokenizer, tiny_shards)
+    rounded = Problem(load_prm(str(tiny_prm_dir), "bf16"), tokenizer, tiny_shards)
+    exact = Problem(load_prm(str(tiny_prm_dir), "bf16").double(), tokenizer, tiny_shards)
     v = {name: tangent.bfloat16() for name, tangent in exact.v.items()}
-    exact.v = {name: tangent.double() for name, tangent in v.items()}
-    truth = exact.per_instance()
-    exact.prm, errors = rounded, {}
-    exact.parameters = dict(rounded.named_parameters())
-    for name in ("jvp", "gradient_dot", "finite_difference"):
-        found = estimate(exact, name, v=v, radius=0.01)
-        errors[name] = relative_error(found[1].losses.double(), truth)
-    assert errors["jvp"] < 0.02 and errors["gradient_dot"] < 0.02, errors
+    truth = exact.products({name: tangent.double() for name, tangent in v.items()})
+    errors = {
+        name: relative_error(rounded.estimate(name, v=v, radius=0.01)[1].losses.double(), truth)
+        for name in ESTIMATORS
+    }
+    assert errors["jvp"] < 0.02 and errors["ghost"] < 0.02, errors
     assert errors["finite_difference"] > 5 * errors["jvp"], errors

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dreamprm_dist.flags import parse_args
-from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.hypergradient import ESTIMATORS, SAMA
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.features import FEATURES
@@ -113,7 +113,13 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
     [
         (["--learning_rate", "1"], "unknown flag 'learning_rate'; the nearest valid one is"),
         (["--hypergradient_scope", "last_0_layers"], "hypergradient_scope 'last_0_layers'"),
-        (["--hypergradient=gradient_dot", "--differentiate_weights"], "gradient_dot cannot"),
+        (["--hypergradient=gradient_dot"], "gradient_dot is no longer there; use ghost or jvp"),
+        (
+            "--hypergradient=ghost --differentiate_weights --reweighter=instance_net "
+            "--activation_function=sigmoid".split(),
+            "ghost gives derivatives of losses alone, and cannot differentiate weights that depend "
+            "on the PRM; use jvp",
+        ),
         (["--reweighter=instance_net", "--activation_function=Project"], "Project is for"),
         (["--retrain", "--baseline"], "choose one of the two"),
         (["--keep_best", "1"], "keep_best needs a meta_validation_fraction above 0"),
@@ -134,6 +140,26 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
 def test_wrong_flags_are_refused(argv: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         parse_train_config(argv)
+
+
+def test_an_unknown_preconditioner_is_refused_by_a_list_of_those_there_are(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("precondition: adamw")
+    for argv in (["--precondition", "adamw"], ["--config", str(recipe)]):
+        with pytest.raises(SystemExit):
+            parse_train_config(argv)
+        said = capsys.readouterr().err
+        assert "--precondition: invalid choice: 'adamw' (choose from 'none', 'adam')" in said
+
+
+def test_sama_is_jvp_with_adams_preconditioner():
+    sama = parse_train_config(["--hypergradient", "sama"]).hypergradient
+    assert sama.estimator is ESTIMATORS["jvp"] and sama.preconditions
+    for name, estimator in ESTIMATORS.items():
+        config = parse_train_config(["--hypergradient", name]).hypergradient
+        assert config.estimator is estimator and not config.preconditions
+        config = parse_train_config(["--hypergradient", name, "--precondition", "adam"])
+        assert config.hypergradient.preconditions
 
 
 @pytest.mark.parametrize(
@@ -184,7 +210,7 @@ def test_a_list_in_a_recipe(tmp_path):
     ("name", "registry"),
     [
         ("reweighter", REWEIGHTERS),
-        ("hypergradient", ESTIMATORS),
+        ("hypergradient", {**ESTIMATORS, SAMA: None}),
         ("row_update", ROW_UPDATES),
         ("instance_net_input", FEATURES),
         ("aggregation_function", AGGREGATIONS),
