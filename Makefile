@@ -74,7 +74,7 @@ train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=�
 evaluate: $(STAMP) ## Best-of-N of MODEL=… on TEST=…
 	$(PYTHON) launch/evaluate.py --model "$(MODEL)" --test_json_file "$(TEST)"
 
-BENCHMARKS = estimators iteration collectives table best_of_n full_size
+BENCHMARKS = estimators iteration memory collectives table best_of_n full_size
 bench: $(STAMP) ## cost, exactness, traffic and memory of training and scoring, in bench.json
 	rm -f bench.json
 	for name in $(BENCHMARKS); do $(PYTHON) tests/benchmarks/bench_$$name.py || exit 1; done

@@ -1,105 +1,196 @@
 """What a bi-level iteration costs over plain fine-tuning steps, within one run.
 
-    python tests/benchmarks/bench_iteration.py [--out bench.json]
+    python tests/benchmarks/bench_iteration.py [--repeats 7] [--out bench.json]
 
 One rank, float32, a model with InternVL3-1B's proportions, images of several tiles. An iteration
 of K lower steps stands against K plain steps on the same batches, without their loading, just
-before it; medians over interleaved repeats.
-By multiplications alone `iteration_ratio.k1_all` would be 3 and `k4_all` 1.5: a plain step is a
-forward and a backward pass (1 + 2), and the iteration adds those of the meta batch (3) and a
-forward pass with its tangents (3, as both factors of a product move). The optimizer's share of a
-plain step makes them less, and so does a `hypergradient_scope`, which also spares the meta batch's
-backward pass.
+before it; medians over interleaved repeats. A meta batch is of the size of a lower batch, each of
+its solutions with an image of its own, but for `k4_ghost_all_grouped`: eight solutions of one
+question with one image, beside lower batches of eight.
+
+`iteration_floor` is the ratio by multiplications alone. In units of a forward pass, with s the
+scope's share of its multiplications, n the lower batches that learn and m a forward pass of the
+meta batch (1 where that is not grouped),
+
+    plain steps     3 K                       a forward and a backward pass (1 + 2) each
+    ghost           n s                       a product more for each linear layer
+    jvp             n (1 + 2 s)               a pass with tangents: both factors of a product move
+    meta gradient   m + 2 s (of the meta batch)   nothing goes back behind the scope
+
+so that with ghost, `unroll_window all` and scope all it is (3 K + K + 3) / 3 K. s and m are counted
+in forward passes of real batches, by torch's `FlopCounterMode`, over the modules without children:
+linear layers and the patches' convolution. Attention's own products are left out: they are few, and
+ghost takes none of them again. `optimizer_share` is the part of a plain step that AdamW takes,
+without what DeepSpeed does around it, which both sides have and which makes the ratio less.
+
+Targets of `iteration_ratio`: `k1_ghost` 2.4, `k4_ghost_all` 1.65, `k8_ghost_all` 1.55,
+`k4_ghost_all_language_model` 1.35, `k4_ghost_all_grouped` 1.5, or less.
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from standin import SOLUTIONS_PER_QUESTION, make_data, make_run, saved_model, write_results
+from torch.utils.flop_counter import FlopCounterMode
 
 from dreamprm_dist import distributed
+from dreamprm_dist.prm.batch import Batch
+from dreamprm_dist.training.metrics import PhaseTimer
 from dreamprm_dist.training.run import TrainingRun
 
-REPEATS = 7
 BATCH_SIZE = 4
+GHOST = ("--hypergradient", "ghost", "--unroll_window", "all")
+JVP = ("--hypergradient", "jvp")
 MODES = {
-    "k1_all": (),
-    "k1_language_model": ("--hypergradient_scope", "language_model"),
-    "k1_last_2_layers": ("--hypergradient_scope", "last_2_layers"),
-    "k4_all": ("--unroll_steps", 4),
+    "k1_all": JVP,
+    "k1_language_model": (*JVP, "--hypergradient_scope", "language_model"),
+    "k1_last_2_layers": (*JVP, "--hypergradient_scope", "last_2_layers"),
+    "k4_all": (*JVP, "--unroll_steps", 4),
+    "k1_ghost": GHOST,
+    "k4_ghost_all": (*GHOST, "--unroll_steps", 4),
+    "k8_ghost_all": (*GHOST, "--unroll_steps", 8),
+    "k4_ghost_all_language_model": (
+        *GHOST, "--unroll_steps", 4, "--hypergradient_scope", "language_model",
+    ),
+}  # fmt: skip
+# Eight solutions of one meta question, with and without a vision pass that they share.
+GROUPED = ("--meta_batch_size", 1, "--group_meta_by_question")
+MODES_OF_QUESTIONS = {
+    "k4_ghost_all_grouped": (*GHOST, "--unroll_steps", 4, *GROUPED),
+    "grouped": (*JVP, *GROUPED),
+    "ungrouped": (*JVP, "--meta_batch_size", SOLUTIONS_PER_QUESTION),
 }
 
 
-def measure(run: TrainingRun, repeat: int) -> tuple[float, float, dict[str, float]]:
-    """Seconds of K plain steps, of an iteration on the same batches, and of its phases."""
-    trainer = run.trainer
-    window, meta = next(run.data(done=repeat))
-    start = time.perf_counter()
-    for batches in window:
-        trainer.engine.lower_step(batches, lambda output, losses, b: torch.ones(len(b)))
-    middle = time.perf_counter()
-    trainer.phases.take()
-    trainer.iteration(window, meta)
-    return middle - start, time.perf_counter() - middle, trainer.phases.take()
+class Sample(NamedTuple):
+    """Seconds of K plain steps, their optimizer, an iteration on the same batches, its phases."""
+
+    plain: float
+    optimizer: float
+    iteration: float
+    phases: dict[str, float]
+
+
+class Measured:
+    """A run whose iterations are timed against plain steps."""
+
+    def __init__(self, run: TrainingRun):
+        self._run = run
+        self._optimizer, self._in_step = PhaseTimer(run.device), contextlib.ExitStack()
+        optimizer = run.trainer.engine.zero.optimizer
+        optimizer.register_step_pre_hook(
+            lambda *_: self._in_step.enter_context(self._optimizer("optimizer"))
+        )
+        optimizer.register_step_post_hook(lambda *_: self._in_step.close())
+
+    def sample(self, repeat: int) -> Sample:
+        trainer = self._run.trainer
+        window, meta = next(self._run.data(done=repeat))
+        self._optimizer.take()
+        start = time.perf_counter()
+        for batches in window:
+            trainer.engine.lower_step(
+                batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
+            )
+        plain = time.perf_counter() - start
+        optimizer = self._optimizer.take()["seconds_optimizer"]
+        trainer.phases.take()
+        start = time.perf_counter()
+        trainer.iteration(window, meta)
+        iteration = time.perf_counter() - start
+        return Sample(plain, optimizer, iteration, trainer.phases.take())
+
+    def floor(self) -> float:
+        """Multiplications of an iteration over those of its plain steps; see above."""
+        window, meta = next(self._run.data())
+        upper = self._run.config.upper
+        steps = upper.unroll_steps
+        learning = steps if upper.unroll_window == "all" else 1
+        forward, scope = self._multiplications(window[0][0])
+        meta_forward, meta_scope = forward, scope
+        if upper.group_meta_by_question:
+            meta_forward, meta_scope = self._multiplications(meta[0])
+        estimator = scope if self._run.trainer.ghost else forward + 2 * scope
+        added = learning * estimator + meta_forward + 2 * meta_scope
+        return 1 + added / (3 * steps * forward)
+
+    @torch.no_grad()
+    def _multiplications(self, batch: Batch) -> tuple[int, int]:
+        """Those of a forward pass by parameters, and by parameters in the scope."""
+        prm = self._run.trainer.engine.module
+        scope = set(prm.parameters_in(self._run.config.hypergradient.hypergradient_scope))
+        with FlopCounterMode(display=False) as counter:
+            prm(batch)
+        counts = counter.get_flop_counts()
+        everywhere = within = 0
+        for path, module in prm.named_modules():
+            if any(module.children()):
+                continue
+            count = sum(counts.get(f"{type(prm).__name__}.{path}", {}).values())
+            everywhere += count
+            if any(f"{path}.{own}" in scope for own, _ in module.named_parameters()):
+                within += count
+        return everywhere, within
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    ratios, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model = saved_model(folder / "model", divisor=4, image_size=224)
-        make_data(folder, 64, 4 * SOLUTIONS_PER_QUESTION, (448, 224))  # two tiles and a thumbnail
-        size = ("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE)
-        runs = {
-            name: make_run(folder, model, "--precision", "fp32", *size, *flags)
-            for name, flags in MODES.items()
-        }
-        grouped = make_run(
-            *(folder, model, "--precision", "fp32", "--batch_size", SOLUTIONS_PER_QUESTION),
-            *("--meta_batch_size", 1, "--group_meta_by_question"),
-        )
-        ungrouped = make_run(
-            *(folder, model, "--precision", "fp32", "--batch_size", SOLUTIONS_PER_QUESTION),
-            *("--meta_batch_size", SOLUTIONS_PER_QUESTION),
-        )
-        runs |= {"grouped": grouped, "ungrouped": ungrouped}
-        samples: dict[str, list] = {name: [] for name in runs}
-        for repeat in range(REPEATS + 1):
-            for name, run in runs.items():
-                sample = measure(run, repeat)
+        measured: dict[str, Measured] = {}
+        for modes, size, solutions in (
+            (MODES, BATCH_SIZE, 1),
+            (MODES_OF_QUESTIONS, SOLUTIONS_PER_QUESTION, SOLUTIONS_PER_QUESTION),
+        ):
+            data = folder / f"solutions-{solutions}"
+            # Two tiles and a thumbnail.
+            make_data(data, 64, 32, (448, 224), solutions_per_question=solutions)
+            sizes = ("--batch_size", size, "--meta_batch_size", size)
+            for name, flags in modes.items():
+                run = make_run(data, model, "--precision", "fp32", *sizes, *flags)
+                measured[name] = Measured(run)
+        samples: dict[str, list[Sample]] = {name: [] for name in measured}
+        for repeat in range(arguments.repeats + 1):
+            for name, run in measured.items():
+                sample = run.sample(repeat)
                 if repeat:  # the first one warms up
                     samples[name].append(sample)
-        for name in MODES:
-            plain, bilevel, phases = zip(*samples[name], strict=True)
-            ratios[name] = statistics.median(bilevel) / statistics.median(plain)
-            seconds[name] = {
-                "plain_steps": statistics.median(plain),
-                "iteration": statistics.median(bilevel),
-                **{key: statistics.median(p[key] for p in phases) for key in phases[0]},
-            }
-        meta_seconds = {
-            name: statistics.median(phases["seconds_meta"] for _, _, phases in samples[name])
-            for name in ("grouped", "ungrouped")
+        floors = {name: run.floor() for name, run in measured.items()}
+    results: dict[str, dict] = {
+        "iteration_ratio": {},
+        "iteration_floor": {},
+        "optimizer_share": {},
+        "iteration_seconds": {},
+    }
+    for name in [*MODES, "k4_ghost_all_grouped"]:
+        plain, optimizer, iteration, phases = zip(*samples[name], strict=True)
+        results["iteration_ratio"][name] = statistics.median(iteration) / statistics.median(plain)
+        results["iteration_floor"][name] = floors[name]
+        results["optimizer_share"][name] = statistics.median(optimizer) / statistics.median(plain)
+        results["iteration_seconds"][name] = {
+            "plain_steps": statistics.median(plain),
+            "iteration": statistics.median(iteration),
+            **{key: statistics.median(p[key] for p in phases) for key in phases[0]},
         }
-    write_results(
-        arguments.out,
-        {
-            "iteration_ratio": ratios,
-            "iteration_seconds": seconds,
-            # Eight solutions of one question: v with and without the shared vision pass.
-            "grouped_meta": {
-                "speedup": meta_seconds["ungrouped"] / meta_seconds["grouped"],
-                "seconds": meta_seconds,
-            },
-        },
-    )
+    meta_seconds = {
+        name: statistics.median(sample.phases["seconds_meta"] for sample in samples[name])
+        for name in ("grouped", "ungrouped")
+    }
+    results["grouped_meta"] = {
+        "speedup": meta_seconds["ungrouped"] / meta_seconds["grouped"],
+        "seconds": meta_seconds,
+    }
+    write_results(arguments.out, results)
     distributed.shutdown()
 
 

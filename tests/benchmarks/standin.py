@@ -111,9 +111,19 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def make_data(
-    folder: Path, num_train: int, num_meta: int, size: tuple[int, int], num_shards: int = 1
+    folder: Path,
+    num_train: int,
+    num_meta: int,
+    size: tuple[int, int],
+    num_shards: int = 1,
+    solutions_per_question: int = SOLUTIONS_PER_QUESTION,
 ) -> None:
-    """Shard folders `train` and `meta`: an image (width, height) a record, or a meta question."""
+    """Shard folders `train` and `meta`: an image (width, height) a record, or a meta question.
+
+    Args:
+        num_meta: meta solutions.
+        solutions_per_question: how many of them share an image.
+    """
     (folder / "images").mkdir(parents=True)
 
     def record(index: int, image: int, num_steps: int) -> dict:
@@ -130,7 +140,7 @@ def make_data(
 
     train = [record(i, i, 3 + i % 4) for i in range(num_train)]
     meta = [
-        record(i, num_train + i // SOLUTIONS_PER_QUESTION, 3 + i % 4)
+        record(i, num_train + i // solutions_per_question, 3 + i % 4)
         | {"true_false": i % 2 == 0, "response": str(i)}
         for i in range(num_meta)
     ]
