@@ -32,7 +32,8 @@ class TappedBatch:
     def weigh_in_backward(self, losses: Tensor, weights: Tensor) -> Tensor:
         """The losses (B,) to go back from, which the backward pass multiplies by weights (B,)."""
         self._weights = {part: weights.detach()[rows] for part, rows in self.rows.items()}
-        self._sums = torch.zeros_like(losses)
+        # In float64, for modules' products cancel each other, and these are B numbers.
+        self._sums = torch.zeros_like(losses, dtype=torch.float64)
         # Whatever the losses are divided by on the way to what is differentiated.
         losses.register_hook(self._note_scale)
         return losses
@@ -53,7 +54,7 @@ class TappedBatch:
     @property
     def products(self) -> Tensor:
         """<grad l_i, v> (B,) in float32 or wider, once the backward pass is done."""
-        return self._sums / self._scale
+        return (self._sums / self._scale).to(self._scale.dtype)
 
 
 class Original(nn.Module):

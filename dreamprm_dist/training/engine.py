@@ -207,7 +207,8 @@ class Engine:
 
         It is that of the step just taken, at its gradient. Where v is taken before the step, it is
         that of the last one with the first moment for its gradient, so that it follows from the
-        optimizer's state alone; v itself before the first one.
+        optimizer's state alone; v itself before the first one. A parameter that Adam has seen no
+        gradient of yet, as of a new token, will be moved by its sign alone: there it is 0.
         """
         optimizer = self.zero.optimizer
         (settings,) = {(g["betas"], g["eps"]) for g in optimizer.param_groups}
@@ -230,13 +231,15 @@ class Engine:
         if self._last_gradients is None:
             if not step:
                 return torch.ones(())
-            gradient = state["exp_avg"][fragment.place] / (1 - betas[0] ** step)
-        elif fragment.partition in self._last_gradients:
-            gradient = self._last_gradients[fragment.partition][fragment.place]
-        else:  # the step was skipped
+        elif fragment.partition not in self._last_gradients:  # the step was skipped
             return torch.zeros(())
         first, second = (state[name][fragment.place] for name in ("exp_avg", "exp_avg_sq"))
-        return adam_derivative(first, second, gradient, step, betas, eps)
+        if self._last_gradients is not None:
+            gradient = self._last_gradients[fragment.partition][fragment.place]
+            return adam_derivative(first, second, gradient, step, betas, eps)
+        gradient = first / (1 - betas[0] ** step)
+        factor = adam_derivative(first, second, gradient, step, betas, eps)
+        return factor.masked_fill(second == 0, 0)
 
     def _keep_gradients(self, optimizer: torch.optim.Optimizer, *_) -> None:
         assert self._last_gradients is not None

@@ -8,20 +8,20 @@ before it; medians over interleaved repeats. A meta batch is of the size of a lo
 its solutions with an image of its own, but for `k4_ghost_all_grouped`: eight solutions of one
 question with one image, beside lower batches of eight.
 
-`iteration_floor` is the ratio by multiplications alone. In units of a forward pass, with s the
-scope's share of its multiplications, n the lower batches that learn and m a forward pass of the
-meta batch (1 where that is not grouped),
+`iteration_floor` is the ratio by multiplications alone. In units of a lower batch's forward pass,
+with s the scope's share of it, n the lower batches that learn and m the meta batch's forward pass
+(1, but for the grouped one),
 
-    plain steps     3 K                       a forward and a backward pass (1 + 2) each
-    ghost           n s                       a product more for each linear layer
-    jvp             n (1 + 2 s)               a pass with tangents: both factors of a product move
-    meta gradient   m + 2 s (of the meta batch)   nothing goes back behind the scope
+    plain steps     3 K            a forward and a backward pass, 1 + 2
+    ghost           n s            one product more for each layer
+    jvp             n (1 + 2 s)    a forward pass with tangents, as both factors of a product move
+    meta gradient   m (1 + 2 s)    forward, and back as far as the scope reaches
 
 so that with ghost, `unroll_window all` and scope all it is (3 K + K + 3) / 3 K. s and m are counted
-in forward passes of real batches, by torch's `FlopCounterMode`, over the modules without children:
-linear layers and the patches' convolution. Attention's own products are left out: they are few, and
-ghost takes none of them again. `optimizer_share` is the part of a plain step that AdamW takes,
-without what DeepSpeed does around it, which both sides have and which makes the ratio less.
+in forward passes of real batches by torch's `FlopCounterMode`, over the modules without children:
+linear layers and the patches' convolution. The products of attention, which belong to no
+parameters, are left out. `optimizer_share` is AdamW's part of the plain steps, which both sides
+have and which brings the ratio down; what DeepSpeed does around it is not in it.
 
 Targets of `iteration_ratio`: `k1_ghost` 2.4, `k4_ghost_all` 1.65, `k8_ghost_all` 1.55,
 `k4_ghost_all_language_model` 1.35, `k4_ghost_all_grouped` 1.5, or less.

@@ -1,23 +1,21 @@
-"""The tests that two ranks run together, each file in processes of its own."""
+"""The tests that two ranks run together, all in one start of them, which takes the longest."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from started_run import rank_environments
 
-FILES = sorted((Path(__file__).parents[1] / "on_ranks").glob("test_*.py"))
+FOLDER = Path(__file__).parents[1] / "on_ranks"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_on_ranks(file: Path, tmp_path: Path, tiny_prm_dir: Path, tiny_shards: Path, monkeypatch):
+def test_on_ranks(tmp_path: Path, tiny_prm_dir: Path, tiny_shards: Path, monkeypatch):
     monkeypatch.setenv("TESTS_ON_RANKS", f"{tiny_prm_dir}:{tiny_shards}")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     ranks = []
     for rank, environment in enumerate(rank_environments(2)):
         with (tmp_path / f"log-{rank}").open("w") as log:
-            start = [*command, str(file), "--basetemp", str(tmp_path / f"rank-{rank}")]
+            start = [*command, str(FOLDER), "--basetemp", str(tmp_path / f"rank-{rank}")]
             ranks.append(
                 subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT, env=environment)
             )

@@ -284,3 +284,8 @@ def test_the_preconditioner_follows_from_the_optimizers_state_alone(make_run):
     assert not equal(trainer.engine.precondition(v), after_a_step)
     trainer.engine.zero.restore(snapshot)
     assert equal(trainer.engine.precondition(v), after_a_step)
+    optimizer = trainer.engine.zero.optimizer
+    for partition in trainer.engine.zero.partitions:
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[partition][name].zero_()
+    assert not any(t.any() for t in trainer.engine.precondition(v).values())
