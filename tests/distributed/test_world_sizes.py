@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bilevel_worker import ITERATIONS, starting_weights
+from gradient_dot import gradient_dot
 from reweighting import rank_batches
 
 from data_tools.shard import shard_file
@@ -205,14 +206,9 @@ def plain_torch_run(
         return v, values.detach()
 
     def hypergradient_of(batch, v):
-        hypergradient = torch.zeros_like(table)
-        for sample_id, loss in zip(batch.sample_ids, instances(batch), strict=True):
-            gradients = torch.autograd.grad(
-                loss, parameters, retain_graph=True, materialize_grads=True
-            )
-            product = sum((g * d).sum() for g, d in zip(gradients, v, strict=True))
-            hypergradient[sample_id] -= product / SIZE
-        return hypergradient
+        named = dict(enumerate(parameters)), dict(enumerate(v))
+        products = gradient_dot(instances(batch), *named)
+        return torch.zeros_like(table).index_add(0, batch.sample_ids, -products / SIZE)
 
     for iteration in range(ITERATIONS):
         window = [lower[step][0] for step in (2 * iteration, 2 * iteration + 1)]
