@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -74,7 +84,8 @@ class FlagGroup:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             bounds = [*getattr(hints[name], "__metadata__", ()), Bounds()][0]
-            choices = field.metadata.get("choices", [value])
+            literals = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
+            choices = field.metadata.get("choices", literals)
             if isinstance(value, str) and (instead := self.removed.get(name, {}).get(value)):
                 raise InputError(f"{name} {value} is no longer there; {instead}")
             if value not in choices:
@@ -94,71 +105,117 @@ def parse_args(
         One instance of each of `config_classes`.
 
     Raises:
-        InputError: an unknown key, a value of the wrong kind or an unreadable recipe.
-        SystemExit: from argparse, for `--help` and for what is wrong on the command line.
+        InputError: an unknown flag, a value of the wrong kind or an unreadable recipe.
+        SystemExit: from argparse, for `--help`.
     """
-    from transformers import HfArgumentParser  # not for whoever only runs a command
+    # Not for whoever only runs a command.
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise InputError(f"{message} (see --help)")
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
+    parser = Parser(
         config_classes,
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", default=[], help="YAML recipe; flags override what it says."
+        "--config",
+        action="append",
+        default=[],
+        help="YAML recipe; flags override what it says. Paths in it, as those of flags, start at "
+        "the folder that the command runs in.",
     )
     removed = {k: v for c in config_classes for k, v in getattr(c, "removed", {}).items()}
     for action in parser._actions:
+        if action.type is string_to_bool:
+            action.type = lambda text: string_to_bool(_SWITCHES.get(text.lower(), text))
         if action.dest in removed:  # for the group to refuse, saying what to use instead
             valid = list(action.choices or [])
             action.metavar = f"{{{','.join(valid)}}}"
             action.choices = [*valid, *removed[action.dest]]
     known = {
-        option.lstrip("-"): action.dest
-        for action in parser._actions
-        for option in action.option_strings
+        option.lstrip("-"): action for action in parser._actions for option in action.option_strings
     }
-    files = parser.parse_known_args(argv)[0].config
+    _refuse_unknown_flags(argv, known)
+    required = [action for action in parser._actions if action.required]
+    for action in required:  # by the command as a whole, and not by each recipe
+        action.required = False
     # Recipe values go through argparse as flags before the real ones, so that both are read and
     # refused by the same rules.
-    recipe_argv = [item for file in files for item in _recipe_flags(Path(file), known)]
-    _refuse_unknown_flags(argv, known)
+    recipe_argv = []
+    for file in parser.parse_args(argv).config:
+        flags = _recipe_flags(Path(file), known)
+        try:
+            parser.parse_args(flags)
+        except InputError as error:
+            raise InputError(f"recipe {file}: {error}") from error
+        recipe_argv += flags
+    for action in required:
+        action.required = True
     namespace = parser.parse_args(recipe_argv + argv)
     return tuple(
         cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in config_classes
     )
 
 
-def _recipe_flags(file: Path, known: dict[str, str]) -> list[str]:
+_SWITCHES = {"on": "yes", "off": "no"}  # words of YAML that transformers does not know
+
+
+class _AsWritten(yaml.SafeLoader):
+    """YAML whose values are the text that was written: YAML would read `No` as false, `007` as 7.
+
+    Only nothing (`null`, `~`) is not text.
+    """
+
+
+_AsWritten.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag == "tag:yaml.org,2002:null"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _recipe_flags(file: Path, known: Mapping[str, argparse.Action]) -> list[str]:
     if not file.is_file():
         raise InputError(f"recipe {file} does not exist; recipes lie in launch/recipes/")
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        recipe = yaml.compose(file.read_text(encoding="utf-8"), _AsWritten)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {file} is not YAML: {error}") from error
-    if not isinstance(recipe, dict):
+    if recipe is None:
+        return []
+    if not isinstance(recipe, yaml.MappingNode):
         raise InputError(f"recipe {file} must hold `flag: value` lines")
-    flags = []
-    for key, value in recipe.items():
-        if key not in known or key in ("config", "help"):
-            raise InputError(f"recipe {file}: {_unknown(str(key), known)}")
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{key}={value}")
+    flags: list[str] = []
+    lines: dict[str, int] = {}
+    for key, node in recipe.value:
+        line, name = key.start_mark.line + 1, str(key.value)
+        where = f"recipe {file}, line {line}"
+        if name not in known or name in ("config", "help"):
+            raise InputError(f"{where}: {_unknown(name, known)}")
+        if (before := lines.setdefault(known[name].dest, line)) != line:
+            raise InputError(f"{where}: {name} is given on line {before} too; remove one of them")
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(item, yaml.ScalarNode) for item in items):
+            raise InputError(f"{where}: {name} must be a value or a list of values")
+        if node is not items[0]:
+            flags += [f"--{name}", *(item.value for item in items)]
+        elif not node.tag.endswith(":null"):
+            flags.append(f"--{name}={node.value}")
     return flags
 
 
-def _refuse_unknown_flags(argv: Sequence[str], known: dict[str, str]) -> None:
+def _refuse_unknown_flags(argv: Sequence[str], known: Iterable[str]) -> None:
     for item in argv:
         name = item.removeprefix("--").split("=")[0]
         if item.startswith("--") and name not in known:
             raise InputError(_unknown(name, known))
 
 
-def _unknown(name: str, known: dict[str, str]) -> str:
+def _unknown(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     return f"unknown flag {name!r}; the nearest valid one is {nearest!r} (see --help)"
 
@@ -168,5 +225,5 @@ def run(main: Callable[[], None]) -> None:
     start_logging()
     try:
         main()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         sys.exit(report_error(error))

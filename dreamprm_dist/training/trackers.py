@@ -77,7 +77,8 @@ def check_trackers(names: str | None) -> Sequence[str]:
     for name in wanted:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise InputError(
-                f"unknown tracker {name!r}; choose from {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+                f"unknown tracker {name!r}; leave trackers out for none, or choose from "
+                f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
             )
         if name not in available:
             raise InputError(

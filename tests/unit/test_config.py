@@ -1,14 +1,16 @@
 """Configuration: defaults < recipe < command line, and nothing unknown is accepted."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import yaml
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import parse_args
-from dreamprm_dist.hypergradient import ESTIMATORS, SAMA
+from dreamprm_dist.hypergradient import ESTIMATORS, SAMA, HypergradientConfig
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.features import FEATURES
@@ -93,6 +95,17 @@ def test_the_saved_configuration_starts_the_same_run(tmp_path: Path):
         ("meta_lrr: 1", "unknown flag 'meta_lrr'; the nearest valid one is 'meta_lr'"),
         ("- lr", "must hold `flag: value` lines"),
         ("lr: [", "is not YAML"),
+        ("lr: 1\nseed: 2\nlr: 3", r"line 3: lr is given on line 1 too; remove one of them"),
+        (
+            "gradient_clipping: 1\ngradiant_clipping: 2",
+            "line 2: gradiant_clipping is given on line 1",
+        ),
+        ("seed: {lr: 1}", "line 1: seed must be a value or a list of values"),
+        ("seed: [[1]]", "line 1: seed must be a value or a list of values"),
+        ("seed: 0x1f", "argument --seed: invalid int value: '0x1f'"),
+        ("retrain: perhaps", "Truthy value expected: got perhaps"),
+        ("on: 1", "unknown flag 'on'"),
+        ("<<: {lr: 1}", "unknown flag '<<'"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path: Path, recipe: str, message: str):
@@ -122,6 +135,10 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
         ),
         (["--reweighter=instance_net", "--activation_function=Project"], "Project is for"),
         (["--retrain", "--baseline"], "choose one of the two"),
+        (
+            ["--trackers", "off"],
+            "unknown tracker 'off'; leave trackers out for none, or choose from",
+        ),
         (["--keep_best", "1"], "keep_best needs a meta_validation_fraction above 0"),
         (["--meta_validation_fraction", "1"], "is 1.0; it must be at least 0 and below 1"),
         (["--collective_timeout", "0"], "must be above 0"),
@@ -142,14 +159,47 @@ def test_wrong_flags_are_refused(argv: list[str], message: str):
         parse_train_config(argv)
 
 
-def test_an_unknown_preconditioner_is_refused_by_a_list_of_those_there_are(tmp_path, capsys):
+def test_an_unknown_value_is_refused_by_a_list_of_those_there_are(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("precondition: adamw")
-    for argv in (["--precondition", "adamw"], ["--config", str(recipe)]):
-        with pytest.raises(SystemExit):
-            parse_train_config(argv)
-        said = capsys.readouterr().err
-        assert "--precondition: invalid choice: 'adamw' (choose from 'none', 'adam')" in said
+    choices = "--precondition: invalid choice: 'adamw' (choose from 'none', 'adam')"
+    with pytest.raises(InputError, match=re.escape(choices)):
+        parse_train_config(["--precondition", "adamw"])
+    with pytest.raises(InputError, match=re.escape(f"{recipe}: argument {choices}")):
+        parse_train_config(["--config", str(recipe)])
+    with pytest.raises(InputError, match="precondition 'adamw' is unknown; use one of none, adam"):
+        HypergradientConfig(precondition="adamw")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("activation_function: No", {"activation_function": "No"}),
+        ("weights_path: 007", {"weights_path": "007"}),
+        ("weights_path: 2026-11-26", {"weights_path": "2026-11-26"}),
+        ("weights_path: 1_000", {"weights_path": "1_000"}),
+        ("weights_path: 0x1f", {"weights_path": "0x1f"}),
+        ("weights_path: 12:30:45", {"weights_path": "12:30:45"}),
+        ("weights_path: .inf", {"weights_path": ".inf"}),
+        ("weights_path: on", {"weights_path": "on"}),
+        ("weights_path: 'null'", {"weights_path": "null"}),
+        ("image_root: y", {"image_root": "y"}),
+        ("image_root: null\nseed: ~\ntrackers:", {"image_root": None, "seed": 1}),
+        ("iteration_num: 1_000\nlr: 5e-5", {"iteration_num": 1000, "lr": 5e-5}),
+        ("retrain: on\nrollback: off", {"retrain": True, "rollback": False}),
+        ("baseline: Yes\nrollback: No", {"baseline": True, "rollback": False}),
+        ("lr: &lr 0.5\nmeta_lr: *lr", {"lr": 0.5, "meta_lr": 0.5}),
+    ],
+)
+def test_a_recipe_says_what_is_written_in_it(tmp_path: Path, written: str, read: dict):
+    """YAML has its own ideas of some words and numbers."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(written)
+    config = parse_train_config(["--config", str(recipe)])
+    found = config.as_dict()
+    assert {name: found[name] for name in read} == read
+    save_config(config, tmp_path / "saved.yaml")
+    assert parse_train_config(["--config", str(tmp_path / "saved.yaml")]) == config
 
 
 def test_sama_is_jvp_with_adams_preconditioner():
