@@ -121,7 +121,7 @@ def kill_somewhere(run: ForkedRun, chance: random.Random, seconds_of_save: float
             time.sleep(chance.uniform(0, 3))
         else:
             # Until then files are those of the start before.
-            run.wait_for(lambda: "bi-level" in run.log(), ranks)
+            run.wait_for(lambda: "bi-level: " in run.log(), ranks)
             if when == "training":
                 run.wait_for(lambda: len(run.metrics()) >= lines, ranks)
             else:
@@ -165,12 +165,14 @@ def on_changing_ranks(run: ForkedRun, whole: ForkedRun) -> list[dict]:
         if place:
             part = slice(begin, run.newest)
             found = metric_differences(run.metrics()[part], whole.metrics()[part])
+            metric = max(found, key=found.__getitem__)
             changes.append(
                 {
                     "from": numbers[place - 1],
                     "to": number,
                     "iterations": [begin + 1, run.newest],
-                    "largest_relative_difference": max(found.values()),
+                    "metric_that_differs_most": metric,
+                    "largest_relative_difference": found[metric],
                 }
             )
     return changes
