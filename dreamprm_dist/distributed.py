@@ -12,12 +12,14 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dreamprm_dist import files
 from dreamprm_dist.errors import InputError, report_error, start_logging
 
 JOIN_TIMEOUT = timedelta(minutes=10)
@@ -25,6 +27,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 _before: dict[str, str | None] = {}  # what the environment had where we have set a variable
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
+_store: dist.Store | None = None  # where the ranks have met
 
 
 class RankLostError(ConnectionError):
@@ -42,7 +45,7 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         InputError: cuda is asked for, or more ranks than GPUs are started, and it is not there; or
             the environment contradicts itself about the ranks.
     """
-    global _roll_call
+    global _roll_call, _store
     _adopt_launcher_environment()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -56,19 +59,19 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        store, rank, world_size = _meet(max(timeout, JOIN_TIMEOUT))
+        _store, rank, world_size = _meet(max(timeout, JOIN_TIMEOUT))
         # DeepSpeed makes groups of its own, with torch's default.
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(
             "nccl" if use_cuda else "gloo",
             timeout=timeout,
-            store=store,
+            store=_store,
             rank=rank,
             world_size=world_size,
         )
         _roll_call = dist.new_group(backend="gloo", timeout=timeout)
-        start_logging(rank, world_size)
+        start_logging(rank)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
@@ -224,20 +227,42 @@ def _free_port() -> int:
 def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     """Run a block as a rank of the process group; gives this rank's device. See `initialize`.
 
-    A rank that fails leaves, whatever the others do. NCCL's communicators are destroyed by all
-    ranks together: one that has failed alone would wait there for the others, who wait for it in
-    a collective, with its message unsaid. So it says it and ends its process at once.
+    Of several ranks one that fails leaves, whatever the others do, with the exit code of
+    `report_error`; what several of them have to say is said by one. NCCL's communicators are
+    destroyed by all ranks together: one that has failed alone would wait there for the others, who
+    wait for it in a collective. So it ends its process at once.
     """
     try:
         chosen = initialize(device, timeout_minutes)
         with naming_lost_ranks():
             yield chosen
-    except Exception as error:
-        if dist.is_initialized() and dist.get_backend() == "nccl":
-            os._exit(report_error(error))
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if not dist.is_initialized() or world_size() == 1:
+            raise
+        code = report_error(error, say=_says(error))
+        if dist.get_backend() == "nccl":
+            os._exit(code)
+        raise SystemExit(code) from error
     finally:
         shutdown()
+
+
+def _says(error: BaseException) -> bool:
+    """Whether this rank is the first that fails of what this error says."""
+    assert _store is not None
+    mine = str(rank())
+    try:
+        first = _store.compare_set(f"said: {error!r}", "", mine) == mine.encode()
+        _store.set(f"failed: {mine}", "")
+        if rank() == 0:  # the store may live in its process: others that fail too need it
+            end, others = time.monotonic() + 2, range(1, world_size())
+            while time.monotonic() < end and not all(
+                _store.check([f"failed: {r}"]) for r in others
+            ):
+                time.sleep(0.05)
+    except RuntimeError:  # the store is gone
+        return True
+    return first
 
 
 def shutdown() -> None:
@@ -312,6 +337,21 @@ def all_reduce_max(values: Tensor) -> Tensor:
     largest = values.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Hold a folder for these ranks together; see `files.sole_use`."""
+    problem = ""
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            try:
+                held.enter_context(files.sole_use(folder))
+            except (InputError, OSError) as error:
+                problem = str(error)
+        if problem := broadcast_text(problem):
+            raise InputError(problem)
+        yield
 
 
 def gather_rows(rows: Tensor) -> list[Tensor] | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 
-BAD_INPUT, BUG = 2, 1  # exit codes; argparse ends with the first too
+BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130  # exit codes; a shell's for Ctrl-C is the last
+# Set by deepspeed and torchrun, Open MPI, Intel MPI and Slurm for each process that they start.
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 class InputError(ValueError):
@@ -17,39 +20,43 @@ class RecordError(InputError):
     """A record, or an image of it, that cannot be taken; the message is one sentence."""
 
 
-def report_error(error: Exception) -> int:
+def report_error(error: BaseException, say: bool | None = None) -> int:
     """Write what ended a command to stderr; returns the command's exit code.
 
     Bad input and what the system refuses are one sentence. Anything else is a bug of ours and
-    keeps its traceback.
+    keeps its traceback, on every rank.
+
+    Args:
+        say: whether this rank says such a sentence; by default the first one on each machine does,
+            for all of them have read the same command line.
     """
-    if isinstance(error, InputError | OSError):
-        sys.stderr.write(f"error: {error}\n")
-        code = BAD_INPUT
+    if isinstance(error, KeyboardInterrupt):
+        text, code = "\ninterrupted; start the same command again to go on", INTERRUPTED
+    elif isinstance(error, InputError | OSError):
+        text, code = f"error: {error}", BAD_INPUT
     else:
         traceback.print_exception(error)
-        code = BUG
-    sys.stderr.flush()
+        return BUG
+    if say is None:
+        say = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0") == "0"
+    if say:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
     return code
 
 
-def start_logging(rank: int = 0, world_size: int = 1) -> None:
-    """Log to stderr: rank 0 informs, all ranks warn, each by its name where there are several."""
+def start_logging(rank: int = 0) -> None:
+    """Log to stderr: rank 0 informs and warns, for what one rank notices all of them do."""
     handler = logging.StreamHandler()
-    where = f"[rank {rank}] " if world_size > 1 else ""
-    handler.setFormatter(_Formatter(where))
+    handler.setFormatter(_Formatter())
     for name in ("dreamprm_dist", "data_tools"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(logging.WARNING if rank else logging.INFO)
+        logger.setLevel(logging.ERROR if rank else logging.INFO)
 
 
 class _Formatter(logging.Formatter):
-    def __init__(self, where: str):
-        super().__init__()
-        self._where = where
-
     def formatMessage(self, record: logging.LogRecord) -> str:
         if record.levelno <= logging.INFO:
             return record.message
-        return f"{self._where}{record.levelname.lower()}: {record.message}"
+        return f"{record.levelname.lower()}: {record.message}"

@@ -6,12 +6,18 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dreamprm_dist.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -49,6 +55,37 @@ def whole_folder(path: Path) -> Iterator[Path]:
         path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where it is not, against other processes within the block.
+
+    The system drops the lock when the process ends, whatever ends it. It also holds against other
+    machines where their file system has locks.
+
+    Raises:
+        InputError: another process holds it, which is named, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder to write into")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            # Not `flock`: forked workers would hold it too, and may outlive their rank.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by {file.read().strip() or 'another run'}; wait for its end, "
+                "end it, or choose another folder"
+            ) from None
+        except OSError as error:
+            logger.warning("%s: no lock (%s); see that no other run writes here", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def json_line(row: Mapping) -> str:

@@ -5,24 +5,30 @@ from pathlib import Path
 import torch
 
 from dreamprm_dist import distributed
-from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.data.shards import MANIFEST, ShardFolder
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import run
 from dreamprm_dist.training.config import DataConfig, TrainConfig, parse_train_config
 from dreamprm_dist.training.run import TrainingRun
 
+SHARDS_BELOW = {"training": "train", "meta": "meta"}  # as data_tools.shard names the folders
+
 
 def open_shards(path: str, kind: str, config: DataConfig) -> ShardFolder:
-    """The shards at `path`; a raw JSON file is sharded into a cache first, by rank 0."""
+    """The shards at `path`, or below it; a raw JSON file is sharded first, by rank 0."""
     if Path(path).is_file():
         from data_tools.shard import cached_shards
 
         path = distributed.text_of_long_work(
             lambda: str(cached_shards(path, kind, config.num_shards, config.image_root))
         )
-    shards = ShardFolder(Path(path))
+    folder = Path(path)
+    below = folder / SHARDS_BELOW[kind]
+    if (below / MANIFEST).is_file() and not (folder / MANIFEST).is_file():
+        folder = below
+    shards = ShardFolder(folder)
     if shards.kind != kind:
-        raise InputError(f"{path} holds {shards.kind} shards where {kind} shards are needed")
+        raise InputError(f"{folder} holds {shards.kind} shards where {kind} shards are needed")
     return shards
 
 
@@ -31,7 +37,11 @@ def train(config: TrainConfig, device: torch.device) -> None:
     meta_shards = None
     if config.reads_meta:
         meta_shards = open_shards(config.data.meta_json_file, "meta", config.data)
-    TrainingRun(config, train_shards, meta_shards, device).train()
+    if config.run.dry_run:
+        TrainingRun(config, train_shards, meta_shards, device)
+        return
+    with distributed.sole_use(Path(config.run.weights_path)):
+        TrainingRun(config, train_shards, meta_shards, device).train()
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from dreamprm_dist.distributed import barrier, rank, world_size
+from dreamprm_dist.distributed import barrier, rank, sole_use, world_size
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.files import JsonLines, json_line, whole_lines, write_whole
 
@@ -36,6 +37,7 @@ class ScoreJournal:
 
     def __init__(self, folder: Path, settings: dict):
         self.folder, self._settings = folder, settings
+        self._held = ExitStack()
         self._settings_file = self.folder / "settings.json"
         # A start that failed before its first score, say of a mistyped model, left nothing to keep.
         if self._settings_file.is_file() and self._read():
@@ -49,8 +51,12 @@ class ScoreJournal:
             self._settings = before | settings
 
     def start(self) -> None:
-        """Start this rank's part; by all ranks."""
-        barrier()
+        """Start this rank's part; by all ranks.
+
+        Raises:
+            InputError: another run scores into the folder.
+        """
+        self._held.enter_context(sole_use(self.folder))
         if rank() == 0:
             self._gather()
         barrier()
@@ -111,4 +117,5 @@ class ScoreJournal:
             return ""
         text = write(self._read())
         shutil.rmtree(self.folder)
+        self._held.close()
         return text

@@ -16,7 +16,7 @@ from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.partition import RowPartition
-from dreamprm_dist.reweighters.schedules import build_schedule
+from dreamprm_dist.reweighters.schedules import build_schedule, follow_schedule
 
 if TYPE_CHECKING:
     from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
@@ -165,6 +165,7 @@ class Reweighter(ABC):
                 }
         group["lr"] = float(state["lr"])
         self._schedule.last_epoch = int(state["schedule_steps"])
+        follow_schedule(self._schedule)
 
     @abstractmethod
     def statistics(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
 WARMUP_FRACTION = 0.05
@@ -22,3 +22,15 @@ def build_schedule(
 ) -> LRScheduler:
     """A schedule by name over `num_steps` optimizer steps."""
     return SCHEDULES[name](optimizer, num_steps, step_size, gamma)
+
+
+def follow_schedule(schedule: LRScheduler) -> None:
+    """Set learning rates to those of the schedule's step, which an earlier run has come to.
+
+    A schedule that is a function of the step may have another length than in that run; one that
+    multiplies as it goes leaves what it has come to.
+    """
+    if isinstance(schedule, LambdaLR):
+        groups, factors = schedule.optimizer.param_groups, schedule.lr_lambdas
+        for group, lr, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+            group["lr"] = lr * factor(schedule.last_epoch)

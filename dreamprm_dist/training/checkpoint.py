@@ -167,8 +167,7 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
         problem = find_damage(path)
         if problem is None:
             return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8")))
-        if distributed.rank() == 0:
-            logger.warning("checkpoint %s is damaged and skipped: %s", path, problem)
+        logger.warning("checkpoint %s is damaged and skipped: %s", path, problem)
     if found:
         raise InputError(
             f"no checkpoint in {folder} is whole; choose another weights_path, or remove the run "
@@ -182,7 +181,7 @@ def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful
     path, saved_by = checkpoint.path, checkpoint.state["world_size"]
     logger.info("resuming from %s", path)
     for name, saved in checkpoint.state["versions"].items():
-        if _versions()[name] != saved and distributed.rank() == 0:
+        if _versions()[name] != saved:
             logger.warning(
                 "%s was made with %s %s, this is %s: results may differ in their last digits",
                 *(path, name, saved, _versions()[name]),

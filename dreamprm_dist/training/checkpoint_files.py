@@ -58,8 +58,10 @@ def on_all_ranks(write: Callable[[], None], folder: Path) -> None:
     if problems:
         free = shutil.disk_usage(folder).free / 2**20
         raise OSError(
-            f"no checkpoint could be saved in {folder}, where {free:.0f} MiB are free "
-            f"({problems[0]}); the checkpoints before it are whole: make room and start again"
+            distributed.broadcast_text(
+                f"no checkpoint could be saved in {folder}, where {free:.0f} MiB are free "
+                f"({problems[0]}); the checkpoints before it are whole: make room and start again"
+            )
         )
 
 

@@ -130,6 +130,7 @@ class RunConfig(FlagGroup):
     resume: Literal["auto", "never"] = flag(
         "auto", "auto: go on from the newest whole checkpoint; never: refuse a taken run folder."
     )
+    dry_run: bool = flag(False, "Check everything, say what the run would be, and write nothing.")
     retrain: bool = flag(False, "Cold start: plain fine-tuning, reweighter uniform.")
     baseline: bool = flag(
         False, "Plain fine-tuning that weights are held against, reweighter uniform."
@@ -188,6 +189,13 @@ class TrainConfig:
             )
         if self.run.keep_best and not self.data.meta_validation_fraction:
             raise InputError("keep_best needs a meta_validation_fraction above 0")
+
+    @property
+    def kind(self) -> str:
+        """What the run is called."""
+        if self.run.retrain:
+            return "cold start"
+        return "baseline" if self.run.baseline else "bi-level"
 
     @property
     def learns(self) -> bool:

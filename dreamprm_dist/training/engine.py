@@ -23,7 +23,7 @@ from dreamprm_dist.hypergradient.tap import TappedBatch
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
-from dreamprm_dist.reweighters.schedules import build_schedule
+from dreamprm_dist.reweighters.schedules import build_schedule, follow_schedule
 from dreamprm_dist.training.config import TrainConfig
 from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
 from dreamprm_dist.training.zero_state import Fragment, ZeroState
@@ -267,6 +267,7 @@ class Engine:
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:
             raise InputError(f"{folder} holds no DeepSpeed checkpoint")
+        follow_schedule(self._deepspeed.lr_scheduler)
 
     def load_universal(self, folder: Path, scratch: Path) -> None:
         """Put back what `save` wrote at another world size; verify the files first, as for `load`.

@@ -1,5 +1,6 @@
 """The two data streams of a run: each step's micro-batches of this rank, in the design's order."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -136,17 +137,35 @@ class RankBatches(Dataset):
         )
         return (batch.to(device) for batch in loaded)
 
-    def check_lengths(self) -> None:
-        """Refuse records of this rank's shards that are longer than the model's context.
+    def check_size(self) -> None:
+        """Refuse a global batch that would hold an instance, or a question, twice."""
+        if self.global_batch_size > (size := sum(self._draws_per_shard)):
+            raise InputError(
+                f"{self.shards.path}: a global batch of {self.global_batch_size} is larger than "
+                f"the data, {size} {'questions' if self.by_question else 'records'}; lower the "
+                "batch size, the accumulation or the number of ranks"
+            )
+
+    def check_rows(self) -> tuple[int, int]:
+        """Read what this rank's shards are learned from: refuse records that cannot be.
 
         Reads text and image sizes only, so that a run fails at its start and not days later.
+
+        Returns:
+            Steps labelled + and -; of a meta set, right and wrong solutions.
+
+        Raises:
+            InputError: records are longer than the model's context.
         """
         too_long, first = 0, ""
+        signs: Counter[str | bool | None] = Counter()
         shards = owned_shards(self.shards.num_shards, self.rank, self.world_size)
-        for shard in tqdm(shards, desc="checking lengths", disable=self.rank != 0, leave=False):
-            columns = ("sample_id", "source_id", "conversations", "image_sizes")
+        for shard in tqdm(shards, desc="checking records", disable=self.rank != 0, leave=False):
+            columns = ["sample_id", "source_id", "conversations", "image_sizes"]
+            columns += ["true_false"] if self.shards.kind == "meta" else []
             rows = zip(*(self.shards.read_column(shard, name) for name in columns), strict=True)
             for record in (dict(zip(columns, row, strict=True)) for row in rows):
+                signs.update([record["true_false"]] if "true_false" in record else _labels(record))
                 length = self._length(record)
                 if length > self.format.max_length:
                     too_long += 1
@@ -161,6 +180,7 @@ class RankBatches(Dataset):
                 f"{first} ({too_long} such records on this rank); lower max_patch_num, now "
                 f"{self.format.max_tiles}, or leave the records out and shard again"
             )
+        return signs["+"] + signs[True], signs["-"] + signs[False]
 
     def _length(self, record: dict) -> int:
         """Tokens of a record, image tokens counted without writing them out."""
@@ -183,6 +203,10 @@ class _Rows(Dataset):
 
     def __getitem__(self, index: int):
         return self._batches.instance(*self._rows[index])
+
+
+def _labels(record: dict) -> list[str | None]:
+    return [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
 
 
 def _named(shards: ShardFolder | RowSubset, record: dict, problem: object) -> str:

@@ -1,20 +1,21 @@
-"""SIGTERM and SIGUSR1 as a request to stop, which all ranks obey after the same iteration."""
+"""Signals as a request to stop, which all ranks obey after the same iteration."""
 
 from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 
 import torch
 
 from dreamprm_dist import distributed
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Within the block either signal is noted instead of ending the process."""
+    """Within the block each of these is noted instead of ending the process."""
 
     def __init__(self, device: torch.device):
         self._device, self._noted = device, False
@@ -28,6 +29,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
+        if distributed.rank() == 0 and not self._noted:
+            os.write(2, b"\nstopping after this iteration, with a checkpoint\n")
         self._noted = True
 
     def noted(self) -> bool:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {
     *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
     *("save_every_iterations", "keep_last", "keep_best", "resume", "log_every", "num_workers"),
-    *("device", "local_rank", "max_bad_steps", "collective_timeout"),
+    *("device", "local_rank", "max_bad_steps", "collective_timeout", "dry_run"),
 }
 
 
@@ -58,11 +58,17 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
     if checkpoint is not None:
         saved = _with_younger_flags(checkpoint.state["settings"], settings)
         for name, value in saved.items():
-            if value != settings.get(name):
+            if name == "iteration_num" and value < settings.get(name, value):
+                logger.info(
+                    "iteration_num is raised from %d to %d: schedules now end there, and learning "
+                    "rates that had come down go on at their place in the longer schedule",
+                    *(value, settings[name]),
+                )
+            elif value != settings.get(name):
                 raise InputError(
                     f"{checkpoint.path} was made with {name} = {value}, but now it is "
                     f"{settings.get(name)}; set it back, or choose another weights_path for a new "
-                    "run"
+                    "run (iteration_num may be raised)"
                 )
     elif metrics.exists() and not (may_resume and _is_same_run(config, folder / "config.yaml")):
         raise InputError(f"{folder} already holds a run; choose another weights_path or remove it")
@@ -100,7 +106,8 @@ def _is_same_run(config: TrainConfig, file: Path) -> bool:
     if not file.is_file():
         return False
     settings = _fixed(config.as_dict())
-    return _with_younger_flags(_fixed(yaml.safe_load(file.read_text())), settings) == settings
+    saved = _with_younger_flags(_fixed(yaml.safe_load(file.read_text())), settings)
+    return saved | {"iteration_num": settings["iteration_num"]} == settings  # none is done
 
 
 def _with_younger_flags(saved: dict, settings: dict) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,6 +18,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import whole_folder
 from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.prm.batch import Batch, InputFormat
@@ -24,6 +26,7 @@ from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext
+from dreamprm_dist.training.announce import end_text, start_text, time_text
 from dreamprm_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.training.config import TrainConfig, save_config
 from dreamprm_dist.training.engine import Engine
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 LOWER, UPPER = 0, 1  # the data streams' levels
+TIMED = 10  # iterations after which the time of the others is known
 
 
 class TrainingRun:
@@ -100,7 +104,6 @@ class TrainingRun:
             lower.gradient_accumulation,
             share_tiles=ghost is None,
         )
-        engine = Engine(prm, config, config.run.iteration_num * upper.unroll_steps, device)
         self.meta_batches = self.validation_batches = None
         meta: ShardFolder | RowSubset | None = meta_shards
         if meta_shards and (fraction := config.data.meta_validation_fraction):
@@ -125,6 +128,9 @@ class TrainingRun:
                     "rounding of the parameters; use ghost or jvp, or precision fp32",
                     config.hypergradient.hypergradient,
                 )
+        for batches in filter(None, (self.lower_batches, self.meta_batches)):
+            batches.check_size()
+        engine = Engine(prm, config, config.run.iteration_num * upper.unroll_steps, device)
         label_ids = label_token_ids(self.tokenizer)
         context = ReweighterContext(
             rows_per_shard=train_shards.rows_per_shard,
@@ -139,6 +145,7 @@ class TrainingRun:
         reweighter: Reweighter = make(config.reweighter, config.meta_optimizer, context)
         self.trainer = BilevelTrainer(engine, reweighter, config, label_ids, ghost)
         self._warned_of_negative_weights = False
+        logger.info(start_text(config, train_shards, meta_shards, distributed.world_size()))
 
     def _batches(
         self,
@@ -166,8 +173,23 @@ class TrainingRun:
             by_question=by_question,
             share_tiles=share_tiles,
         )
-        batches.check_lengths()
+        self._check_signs(shards, *batches.check_rows())
         return batches
+
+    def _check_signs(self, shards: ShardFolder | RowSubset, *mine: int) -> None:
+        """Refuse data that nothing can be learned from; warn of data that teach one answer."""
+        counts = distributed.all_reduce_sum(torch.tensor(mine, device=self.device)).tolist()
+        signs = "right solution", "wrong solution"
+        if shards.kind == "training":
+            signs = "step labelled +", "step labelled -"
+            if not any(counts):
+                raise InputError(
+                    f"{shards.path}: no step of its {shards.num_rows} records is labelled, so "
+                    "there is nothing to learn; label steps + or - and shard again"
+                )
+        for sign, count in zip(signs, counts, strict=True):
+            if not count:
+                logger.warning("%s has no %s: a PRM learns one answer from it", shards.path, sign)
 
     def data(self, done: int = 0) -> Iterator[tuple[list[list[Batch]], list[Batch]]]:
         """For each iteration after `done`, the lower batches of its unroll and its meta batch."""
@@ -183,7 +205,7 @@ class TrainingRun:
     def train(self) -> None:
         """All iterations that are left, with checkpoints, and an export at the end.
 
-        After SIGTERM or SIGUSR1 to any rank the run ends early, with a checkpoint to go on from.
+        After one of `STOP_SIGNALS` to any rank it ends early, with a checkpoint to go on from.
         """
         run, is_main = self.config.run, distributed.rank() == 0
         done = self.checkpoint.iteration if self.checkpoint else 0
@@ -200,12 +222,13 @@ class TrainingRun:
             load_checkpoint(self.checkpoint, trainer.engine, trainer.reweighter)
         progress = tqdm(
             range(done + 1, run.iteration_num + 1),
-            desc=self._label(),
+            desc=self.config.kind,
             disable=not is_main,
             initial=done,
             total=run.iteration_num,
         )
         logged, stopping = done, False
+        timed = done + 1  # the first iteration warms up
         written: dict[str, float] = {}
         with StopRequest(self.device) as stop:
             for iteration in progress:
@@ -229,12 +252,21 @@ class TrainingRun:
                     written |= self._save(iteration, validation)
                 if stopping:
                     break
+                if iteration == timed:
+                    start = time.perf_counter()
+                elif iteration == timed + TIMED and is_main and not is_last:
+                    seconds = (time.perf_counter() - start) / TIMED
+                    progress.write(time_text(seconds, run.iteration_num - iteration), sys.stderr)
         progress.close()
         writer.close()
         if stopping:
-            logger.info("stopped by a signal; saved at iteration %d", iteration)
+            logger.info(
+                "stopped by a signal; saved at iteration %d: start the same command again to go on",
+                iteration,
+            )
         else:
             self.export()
+            logger.info(end_text(self.folder))
 
     def _validate(self) -> dict[str, float]:
         """The meta loss of the questions that are held out of the meta set, if any are."""
@@ -266,11 +298,6 @@ class TrainingRun:
     def _every_row(self, batches: RankBatches, description: str) -> Iterable[Batch]:
         rows = batches.every_row(self.config.data.num_workers, self.device)
         return tqdm(rows, description, disable=distributed.rank() != 0, leave=False)
-
-    def _label(self) -> str:
-        run = self.config.run
-        labels = {"cold start": run.retrain, "baseline": run.baseline}
-        return next((name for name, said in labels.items() if said), "bi-level")
 
     def metrics(self, iteration: int, seen: Iteration, since: int = 1) -> dict[str, float]:
         """Global means from what each rank saw, by the names of `metrics.FIELDS`.

@@ -98,6 +98,33 @@ def test_a_gpu_that_is_not_there(train):
     assert "has no GPU: this machine shows 0" in train(device="cuda")
 
 
+def test_a_run_folder_that_is_a_file(train, tmp_path: Path):
+    (tmp_path / "run").touch()
+    assert f"{tmp_path / 'run'} is a file; give a folder" in train()
+
+
+def unlabelled(turn: dict) -> dict:
+    return turn | {"value": None} if turn["from"] == "gpt" else turn
+
+
+@pytest.mark.parametrize("kind", [{"retrain": True}, {"baseline": True}, {}])
+def test_nothing_to_learn_from(train, tmp_path: Path, tiny_data_dir: Path, kind: dict):
+    none = records(tiny_data_dir)
+    for record in none:
+        record["conversations"] = list(map(unlabelled, record["conversations"]))
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(none))
+    assert "labelled" in train(train_json_file=file, num_shards=4, **kind)
+
+
+def test_a_global_batch_larger_than_the_data(train):
+    assert "a global batch of 128 is larger than the data, 64 records; lower" in train(
+        batch_size=64, gradient_accumulation=2
+    )
+    said = train(meta_batch_size=16, group_meta_by_question=True)
+    assert "a global batch of 16 is larger than the data, 8 questions" in said
+
+
 def test_an_unroll_that_would_leave_rows_without_a_weight(train):
     assert "same 2 of 4 shards" in train(unroll_steps=2)
 

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,12 +48,24 @@ def whole(new_run) -> Run:
 
 @pytest.fixture(scope="module")
 def stopped(new_run) -> Run:
-    """A run that was asked to stop: SIGTERM to all processes of one rank."""
+    """A run that another one tried to join, and that was stopped by Ctrl-C.
+
+    In a terminal all processes of all ranks hear of it.
+    """
     run = new_run()
     with run.started() as ranks:
         run.wait_for(lambda: len(run.metrics()) >= 1, ranks)
-        os.killpg(ranks[1].pid, signal.SIGTERM)
+        for process in ranks:  # it must not come to its end in the meantime
+            os.killpg(process.pid, signal.SIGSTOP)
+        command = [sys.executable, TRAIN, *FLAGS, *run.data]
+        run.second_start = subprocess.run(
+            list(map(str, command)), cwd=run.folder, capture_output=True, text=True, check=False
+        )
+        for process in ranks:
+            os.killpg(process.pid, signal.SIGCONT)
+            os.killpg(process.pid, signal.SIGINT)
         run.exit_codes = [process.wait(timeout=120) for process in ranks]
+        run.first_rank = ranks[0].pid
     return run
 
 
@@ -60,7 +74,7 @@ def killed(stopped: Run, new_run) -> Run:
     """The stopped run, started again, and killed with no checkpoint at its last iteration."""
     run = copy(stopped, new_run)
     with run.started() as ranks:
-        run.wait_for(lambda: "bi-level" in run.log(), ranks)  # metrics are those of before
+        run.wait_for(lambda: "bi-level: " in run.log(), ranks)  # metrics are those of before
         run.wait_for(lambda: len(run.metrics()) >= 7, ranks)
         for process in ranks:
             process.send_signal(signal.SIGKILL)
@@ -97,13 +111,22 @@ def test_a_whole_run_keeps_its_newest_checkpoints_and_moves(whole: Run):
     assert files.keys() == written - {MANIFEST}
 
 
-def test_sigterm_saves_on_all_ranks_and_exits_with_0(stopped: Run):
+def test_a_second_run_in_the_folder_is_refused(stopped: Run):
+    assert stopped.second_start.returncode == 2
+    (said,) = (x for x in stopped.second_start.stderr.splitlines() if x.startswith("error"))
+    where = f"process {stopped.first_rank} on {socket.gethostname()}"
+    assert said.startswith(f"error: run is in use by {where}; wait for its end")
+
+
+def test_an_interrupted_run_saves_on_all_ranks_and_exits_with_0(stopped: Run):
     assert stopped.exit_codes == [0, 0], stopped.log()
     iteration = stopped.metrics()[-1]["iteration"]
     assert iteration < ITERATIONS
     assert stopped.checkpoints()[-1] == iteration
     assert not (stopped.run_folder / "export").exists()
-    assert f"saved at iteration {iteration}" in stopped.log()
+    assert f"saved at iteration {iteration}: start the same command again" in stopped.log()
+    assert "stopping after this iteration" in stopped.log()
+    assert all("Traceback" not in stopped.log(rank) for rank in (0, 1))
 
 
 def test_the_stopped_run_went_on_from_its_checkpoint(stopped: Run, killed: Run):
@@ -181,7 +204,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     run = GhostRun(small_disk, tiny_prm_dir, tiny_shards)
     with run.started() as ranks:
         assert [process.wait(timeout=120) for process in ranks] == [2, 2]
-    (said,) = (line for line in run.log().splitlines() if "error" in line)
+    lines = [line for rank in (0, 1) for line in run.log(rank).splitlines()]
+    (said,) = (line for line in lines if "error" in line)  # by one of them
     assert said.startswith("error: no checkpoint could be saved in run, where ")
     (kept,) = (run.run_folder / "checkpoints").iterdir()
     assert kept.name == "iteration-3"
@@ -208,7 +232,7 @@ def refused_run(refused, killed: Run, monkeypatch):
     ("flags", "message"),
     [
         (["--lr", "2e-3"], "was made with lr = 0.001, but now it is 0.002; set it back"),
-        (["--iteration_num", "20"], "was made with iteration_num = 14, but now it is 20"),
+        (["--iteration_num", "13"], "was made with iteration_num = 14, but now it is 13"),
         (["--resume", "never"], "already holds a run"),
     ],
     ids=["lr", "iteration_num", "never"],

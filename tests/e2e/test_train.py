@@ -12,6 +12,7 @@ import pytest
 import torch
 from started_run import free_port
 
+from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.training.config import parse_train_config
 from dreamprm_dist.training.metrics import FIELDS
@@ -55,6 +56,28 @@ def table_run(tmp_path_factory, tiny_data_dir: Path, tiny_prm_dir: Path) -> Path
     assert done.returncode == 0, done.stderr[-2000:] + done.stderr[-4000:]
     assert "64 training records in 4 shards" in done.stderr  # the cache says what it did
     return folder
+
+
+def test_a_run_says_what_it_is_and_what_is_next(
+    tiny_shards: Path, tiny_prm_dir: Path, tmp_path: Path, table_run: Path
+):
+    """A dry run says it of the folder that holds the shards of both kinds, and writes nothing."""
+    folder = tmp_path / "run"
+    done = launch(
+        [sys.executable],
+        *("--train_json_file", tiny_shards, "--meta_json_file", tiny_shards, "--dry_run"),
+        *("--reward_model", tiny_prm_dir, "--weights_path", folder, "--unroll_window", "all"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.split("checking records")[-1]
+    meta = ShardFolder(tiny_shards / "meta")
+    data = f"64 training instances in 4 shards, {meta.num_rows} meta solutions of 8 questions"
+    assert f"bi-level in {folder}: {data}\n" in said
+    assert "global batch 4 = 1 rank(s) x batch_size 4 x gradient_accumulation 1\n" in said
+    assert "meta batch 4 = 1 rank(s) x meta_batch_size 4 x meta_gradient_accumulation 1\n" in said
+    assert "3 iterations x 1 lower step(s) = 0.188 epochs, 1 checkpoint(s)" in said
+    assert "dry run: nothing is trained or written" in said
+    assert not folder.exists()
 
 
 def test_every_metric_is_documented_and_every_document_has_its_metric(table_run: Path):

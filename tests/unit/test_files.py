@@ -2,13 +2,32 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
+from started_run import held_by_another
 
-from dreamprm_dist.errors import BAD_INPUT, BUG, InputError, RecordError, report_error
+from dreamprm_dist.errors import (
+    BAD_INPUT,
+    BUG,
+    INTERRUPTED,
+    LOCAL_RANKS,
+    InputError,
+    RecordError,
+    report_error,
+)
 from dreamprm_dist.errors import start_logging as start
-from dreamprm_dist.files import JsonLines, whole_file, whole_folder, whole_lines, write_whole
+from dreamprm_dist.files import (
+    LOCK,
+    JsonLines,
+    sole_use,
+    whole_file,
+    whole_folder,
+    whole_lines,
+    write_whole,
+)
+from dreamprm_dist.flags import run
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_untouched_when_it_fails(tmp_path: Path):
@@ -47,6 +66,45 @@ def test_lines_go_on_behind_the_last_whole_one(tmp_path: Path):
     JsonLines(path, lock=True).close()
 
 
+def test_a_folder_is_held_until_its_process_ends(tmp_path: Path):
+    """And by whom it is held is said; a worker that outlives its parent holds nothing."""
+    folder = tmp_path / "run"
+    with held_by_another(folder) as (process, worker):
+        mine = process.pid
+        with pytest.raises(InputError, match=f"run is in use by process {mine} on "):
+            sole_use(folder).__enter__()
+        process.kill()
+        process.wait()
+        with sole_use(folder):
+            assert f"process {os.getpid()} on " in (folder / LOCK).read_text()
+        os.kill(worker, 0)  # it is alive
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file; give a folder"):
+        sole_use(tmp_path / "file").__enter__()
+
+
+@pytest.mark.parametrize("name", LOCAL_RANKS)
+def test_what_all_processes_of_a_machine_have_to_say_is_said_once(name: str, monkeypatch, capsys):
+    for variable in LOCAL_RANKS:
+        monkeypatch.delenv(variable, raising=False)
+    for local_rank, said in (("0", "error: wrong\n"), ("3", "")):
+        monkeypatch.setenv(name, local_rank)
+        assert report_error(InputError("wrong")) == BAD_INPUT
+        assert capsys.readouterr().err == said
+    assert report_error(ValueError("a bug")) == BUG
+    assert "ValueError: a bug" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == INTERRUPTED
+    assert capsys.readouterr().err == "\ninterrupted; start the same command again to go on\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -64,12 +122,9 @@ def test_only_bad_input_is_one_sentence(error: Exception, code: int, capsys):
     assert "wrong" in said
 
 
-@pytest.mark.parametrize(
-    ("rank", "world_size", "lines"),
-    [(0, 1, "goes on\nwarning: odd\n"), (1, 2, "[rank 1] warning: odd\n")],
-)
-def test_rank_0_informs_and_all_ranks_warn(rank: int, world_size: int, lines: str, capsys):
-    start(rank, world_size)
+@pytest.mark.parametrize(("rank", "lines"), [(0, "goes on\nwarning: odd\n"), (1, "")])
+def test_rank_0_speaks_for_all(rank: int, lines: str, capsys):
+    start(rank)
     logger = logging.getLogger("dreamprm_dist.training")
     logger.info("goes %s", "on")
     logger.warning("odd")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from started_run import held_by_another
 
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
@@ -33,6 +34,13 @@ def folder(tmp_path: Path, one_rank: None) -> Path:
     with (journal.folder / "rank0.jsonl").open("a") as file:
         file.write('{"key": ["a", 2')
     return journal.folder
+
+
+def test_what_another_run_is_scoring_is_left_alone(folder: Path):
+    before = {file.name: file.read_text() for file in folder.glob("*.jsonl")}
+    with held_by_another(folder), pytest.raises(InputError, match="parts is in use by process "):
+        started(folder, BEFORE)
+    assert {file.name: file.read_text() for file in folder.glob("*.jsonl")} == before
 
 
 @pytest.mark.parametrize(
