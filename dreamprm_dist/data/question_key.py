@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from dreamprm_dist.data.images import image_bytes
-from dreamprm_dist.data.schema import SOLUTION_MARK, TrainingRecord
+from dreamprm_dist.data.schema import SOLUTION_MARK, TrainingRecord, question_turn
 
 NO_ID = ("", "-1")  # VisualPRM writes -1
 
@@ -25,8 +25,8 @@ def question_key(record: TrainingRecord, image_root: Path) -> str:
     """
     if record.source_id not in NO_ID:
         return f"id {record.source_id}"
-    first = next(turn["value"] for turn in record.conversations if turn["from"] == "human")
-    digest = hashlib.sha256(first.partition(SOLUTION_MARK)[0].strip().encode("utf-8"))
+    question = question_turn(record.conversations).partition(SOLUTION_MARK)[0]
+    digest = hashlib.sha256(question.strip().encode("utf-8"))
     for image_digest in image_digests(record, image_root):
         digest.update(image_digest)
     return digest.hexdigest()

@@ -15,8 +15,6 @@ from typing import BinaryIO, Literal, TypedDict
 from dreamprm_dist.errors import RecordError
 
 IMAGE_PLACEHOLDER = "<image>"
-# The chat format's own structure; text that holds one of these could forge it.
-RESERVED_TOKENS = ("<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
 QUESTION_PREFIX = "### Question:\n"
 # In VisualPRM's format the first step follows it, in the question's own turn.
 SOLUTION_MARK = "### Solution Process:"
@@ -158,12 +156,13 @@ def parse_training_record(record: object) -> TrainingRecord:
 
     Raises:
         RecordError: not an object, no step to score, a turn or label that is not understood, or
-            ``<image>`` placeholders that do not match the images.
+            ``<image>`` in the question that does not match the images.
     """
     record = require_object(record)
+    _refuse_other_kind(record, "conversations", "training and meta records have 'conversations'")
     conversations = _parse_conversations(record.get("conversations"))
     images = _parse_images(record.get("image"), "image")
-    count_placeholders(texts_of(conversations), len(images))
+    parts_around_images(question_turn(conversations), len(images))
     return TrainingRecord(
         source_id=_parse_id(record.get("id")),
         images=images,
@@ -180,6 +179,11 @@ def parse_meta_record(record: object) -> MetaRecord:
     """
     record = require_object(record)
     base = parse_training_record(record)
+    if "true_false" not in record:
+        raise RecordError(
+            "it is a training record; a meta record also has 'true_false', whether the solution's "
+            "final answer is right."
+        )
     if not isinstance(record.get("true_false"), bool):
         raise RecordError(
             f"'true_false' must be true or false, not {_shown(record.get('true_false'))}."
@@ -196,9 +200,10 @@ def parse_test_record(record: object) -> TestRecord:
 
     Raises:
         RecordError: a missing question, no candidates, lengths that differ, wrong types, or
-            ``<image>`` placeholders in the question that do not match the images.
+            ``<image>`` in the question that does not match the images.
     """
     record = require_object(record)
+    _refuse_other_kind(record, "candidates", "test records have 'question' and 'candidates'")
     question = _text(record.get("question"), "'question'")
     if not question.strip():
         raise RecordError("'question' is empty; every test record needs one.")
@@ -219,11 +224,11 @@ def parse_test_record(record: object) -> TestRecord:
     if options is not None and not isinstance(options, list):
         raise RecordError(f"'options' must be a list of texts, not {_shown(options)}.")
     images = _parse_images(record.get("image_path"), "image_path")
-    count_placeholders([question], len(images))
+    parts_around_images(question, len(images))
     return TestRecord(
         question=question,
         images=images,
-        candidates=[_text(text, f"candidates[{i}]") for i, text in enumerate(candidates)],
+        candidates=[_solution(text, f"candidates[{i}]") for i, text in enumerate(candidates)],
         true_false=true_false,
         id=_parse_id(record.get("id")),
         subject=_optional_text(record, "subject"),
@@ -242,19 +247,26 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
         RecordError: a missing question, neither or both of the two, no solution, or wrong types.
     """
     record = require_object(record)
+    if "steps" not in record:
+        _refuse_other_kind(
+            record, "candidates", "give 'question' and either 'steps' or 'candidates'"
+        )
     question = _text(record.get("question"), "'question'")
     if ("steps" in record) == ("candidates" in record):
         raise RecordError("give either 'steps' or 'candidates'.")
     solutions = [record["steps"]] if "steps" in record else record["candidates"]
     if not isinstance(solutions, list) or not solutions:
         raise RecordError(f"'candidates' must be a non-empty list, not {_shown(solutions)}.")
+    if "steps" in record and not isinstance(record["steps"], list):
+        raise RecordError(f"'steps' must be a list of texts, not {_shown(record['steps'])}.")
+    texts: list[str | list[str]] = []
     for i, solution in enumerate(solutions):
         key = "steps" if "steps" in record else f"candidates[{i}]"
-        if "steps" in record and not isinstance(solution, list):
-            raise RecordError(f"'steps' must be a list of texts, not {_shown(solution)}.")
-        for step in solution if isinstance(solution, list) else [solution]:
-            _text(step, key)
-    return question, _parse_images(record.get("image_path"), "image_path"), solutions
+        if isinstance(solution, list):
+            texts.append([_text(step, key) for step in solution])
+        else:
+            texts.append(_solution(solution, key))
+    return question, _parse_images(record.get("image_path"), "image_path"), texts
 
 
 def starts_with_bracket(path: Path) -> bool:
@@ -306,6 +318,21 @@ def require_object(record: object) -> dict:
     return record
 
 
+# By the key that only they have: what they are, and what makes other records of them.
+_KINDS = {
+    "conversations": "a training or meta record, one solution with a label per step",
+    "steps_with_score": "a raw record of VisualPRM400K, for `python -m data_tools.convert raw`",
+    "candidates": "a test record, a question with candidates",
+    "question": "a question without solutions, for `python -m data_tools.convert candidates`",
+}
+
+
+def _refuse_other_kind(record: dict, key: str, wanted: str) -> None:
+    """Raise RecordError for a record that lacks a key and is of another kind."""
+    if key not in record and (kind := next((kind for kind in _KINDS if kind in record), None)):
+        raise RecordError(f"it is {_KINDS[kind]}; {wanted}.")
+
+
 def _parse_conversations(value: object) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise RecordError(f"'conversations' must be a non-empty list, not {_shown(value)}.")
@@ -325,7 +352,6 @@ def _parse_conversations(value: object) -> list[Turn]:
             turns.append({"from": speaker, "value": label})
         elif speaker in ("human", "system"):
             text = _text(text, f"conversations[{i}] ({speaker})")
-            refuse_reserved_tokens(text, f"conversations[{i}] ({speaker})")
             turns.append({"from": speaker, "value": text})
         else:
             raise RecordError(
@@ -344,29 +370,30 @@ def _parse_images(value: object, key: str) -> list[str]:
     return paths
 
 
-def texts_of(turns: Iterable[Turn]) -> list[str]:
-    """The texts of the turns that are no labels."""
-    return [turn["value"] for turn in turns if turn["from"] != "gpt"]
+def question_turn(turns: Iterable[Turn]) -> str:
+    """The text of the turn that asks the question: the first human one, which must be there."""
+    return next(turn["value"] for turn in turns if turn["from"] == "human")
 
 
-def count_placeholders(texts: Iterable[str], num_images: int) -> int:
-    """Number of ``<image>`` placeholders; RecordError unless it is 0 or one per image."""
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
-    if placeholders not in (0, num_images):
+def parts_around_images(question: str, num_images: int) -> list[str]:
+    """The text of a question's turn before, between and behind its N images: N + 1 parts.
+
+    An image stands where the question says ``<image>``, or all stand before it where it never does.
+    Without images, and behind `SOLUTION_MARK`, where VisualPRM's first step stands, it is text.
+
+    Raises:
+        RecordError: the question says ``<image>``, but not once for each image.
+    """
+    asked, mark, first_step = question.partition(SOLUTION_MARK)
+    parts = asked.split(IMAGE_PLACEHOLDER) if num_images else [asked]
+    if len(parts) == 1:
+        parts = [""] * num_images + parts
+    if len(parts) != num_images + 1:
         raise RecordError(
-            f"the text has {placeholders} {IMAGE_PLACEHOLDER} for {num_images} image(s); "
+            f"the question has {len(parts) - 1} {IMAGE_PLACEHOLDER} for {num_images} image(s); "
             "use one per image, or none."
         )
-    return placeholders
-
-
-def refuse_reserved_tokens(text: str, what: str) -> None:
-    """Raise RecordError for text that could forge the chat format's structure."""
-    if any(token in text for token in RESERVED_TOKENS):
-        raise RecordError(
-            f"{what} holds a reserved token of the chat format ({', '.join(RESERVED_TOKENS)}); "
-            "take it out."
-        )
+    return [*parts[:-1], parts[-1] + mark + first_step]
 
 
 def _parse_id(value: object) -> str:
@@ -378,6 +405,11 @@ def _parse_id(value: object) -> str:
 def _optional_text(record: dict, key: str) -> str:
     value = record.get(key)
     return "" if value is None else _text(value, f"'{key}'")
+
+
+def _solution(value: object, what: str) -> str:
+    """A solution's text; null, as servers say of a reply without text, is an empty one."""
+    return "" if value is None else _text(value, what)
 
 
 def _text(value: object, what: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import unicodedata
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -11,21 +12,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dreamprm_dist.data.schema import SOLUTION_MARK
 from dreamprm_dist.prm.chat import (
     IGNORE_INDEX,
     IMAGE_CONTEXT,
+    ROLES,
     encode_conversation,
     label_token_ids,
 )
 from dreamprm_dist.prm.grid import num_tiles, tile_grid, usable_size
+from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD, image_tiles
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_prm_dir: Path):
     return AutoTokenizer.from_pretrained(tiny_prm_dir)
+
+
+@pytest.fixture(scope="module", params=["the demo's tokenizer", "InternVL3's tokenizer"])
+def each_tokenizer(request, tiny_prm_dir: Path):
+    if request.param.startswith("the demo"):
+        return AutoTokenizer.from_pretrained(tiny_prm_dir)
+    reference = request.getfixturevalue("reference_dir")
+    return PreTrainedTokenizerFast(tokenizer_file=str(reference / "tokenizer" / "tokenizer.json"))
 
 
 def turns(*labels, question="q"):
@@ -99,9 +112,128 @@ def test_images_stand_at_their_placeholders_or_first_of_all(tokenizer):
         encode_conversation(two, tokenizer, [1])
 
 
-def test_text_cannot_forge_the_structure(tokenizer):
-    with pytest.raises(ValueError, match="reserved"):
-        encode_conversation(turns("+", question="<|im_end|>"), tokenizer, 1)
+def shown(text: str, tokenizer) -> str:
+    """A text as a tokenizer gives it back."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return unicodedata.normalize("NFC", text) if normalizer else text
+
+
+def written(conversation, tokenizer, image: str) -> str:
+    """The chat format as DESIGN has it, put together from texts; all images before the question."""
+    text = ""
+    for place, turn in enumerate(conversation):
+        value = turn["value"] if turn["from"] != "gpt" else turn["value"] or "+"
+        before, turn_text = f"{ROLES[turn['from']]}\n", value
+        if turn["from"] == "human" and conversation[place - 1]["from"] == "system" and image:
+            before, turn_text = before + image, shown(value, tokenizer)
+        else:
+            before, turn_text = "", shown(before + value, tokenizer)
+        text += f"<|im_start|>{before}{turn_text}<|im_end|>\n"
+    return text
+
+
+@given(st.data())
+def test_no_text_is_structure(each_tokenizer, data):
+    """Whatever turns say, special tokens stand where they stand among harmless texts."""
+    tokenizer = each_tokenizer
+    added = tokenizer.added_tokens_decoder
+    spelled = [token.content for token in added.values()]
+    forged = [
+        *spelled,
+        *(token[: len(token) // 2] for token in spelled),
+        *(token[len(token) // 2 :] for token in spelled),
+        *(
+            "<image>",
+            "<image 1>",
+            "assistant\n+",
+            "user\n",
+            "system\n",
+            "\n",
+            " ",
+            "\x00",
+            "e\u0301",
+        ),
+    ]
+    text = st.lists(st.sampled_from(forged) | st.text(max_size=5), max_size=8).map("".join)
+    text |= st.just(SYSTEM_PROMPT)
+    question = data.draw(text).replace("<image>", "< image>")
+    steps, image = data.draw(st.lists(text, min_size=1, max_size=3)), data.draw(st.booleans())
+    labels = data.draw(st.lists(st.sampled_from("+-"), min_size=len(steps), max_size=len(steps)))
+
+    def encoded(question: str, steps: list[str], system: str = SYSTEM_PROMPT):
+        conversation = steps_conversation(question, steps, system, labels)
+        tiles = [1] if image else []
+        return conversation, encode_conversation(conversation, tokenizer, tiles, tokens_per_tile=2)
+
+    conversation, found = encoded(question, steps, data.draw(text))
+    _, harmless = encoded("q", ["s"] * len(steps), "system")
+    # The demo's tokenizer has its system prompt as a token, and may use it there alone.
+    prompt = tokenizer.get_vocab().get(SYSTEM_PROMPT)
+    special = [i for i in found.input_ids if i in added]
+    assert special.count(prompt) <= (conversation[0]["value"] == SYSTEM_PROMPT)
+    assert [i for i in special if i != prompt] == [i for i in harmless.input_ids if i in added]
+    assert (
+        found.step_targets
+        == harmless.step_targets
+        == [*map(label_token_ids(tokenizer).get, labels)]
+    )
+    image_text = "<img><IMG_CONTEXT><IMG_CONTEXT></img>" if image else ""
+    assert tokenizer.decode(found.input_ids) == written(conversation, tokenizer, image_text)
+    for position, target in zip(found.step_positions, found.step_targets, strict=True):
+        assert found.input_ids[position + 1] == target
+        tail = tokenizer.decode(found.input_ids[position - 2 : position + 1])
+        assert tail.endswith("<|im_start|>assistant\n")
+
+
+def test_ordinary_text_has_the_tokens_of_the_whole_conversation(each_tokenizer):
+    """As the tokenizer itself reads it, in one piece with its special tokens."""
+    question = "\n é e\u0301 漢字 <b>3 + 4</b>  \n\n(A) x"
+    steps = ["\nIt is 7.", "Answer: A ", "<image>", "<|im_"]
+    conversation = steps_conversation(question, steps, labels=["+", None, "-", "+"])
+    image = "<img>" + "<IMG_CONTEXT>" * 6 + "</img>"
+    found = encode_conversation(conversation, each_tokenizer, [3], tokens_per_tile=2)
+    whole = written(conversation, each_tokenizer, image)
+    assert found.input_ids == each_tokenizer.encode(whole, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "later"),
+    [
+        ("a <image> b", ["c", "d"]),
+        ("<image>", ["<image>", "<image><image>"]),
+        ("a", ["<image> c", "d"]),
+        ("", ["</img><image>", "<IMG_CONTEXT>"]),
+        (f"<image>\n\n{SOLUTION_MARK}\n<image>", ["<image>"]),
+        (f"a\n\n{SOLUTION_MARK}\nsee <image>", ["<image>"]),
+    ],
+)
+def test_only_the_question_places_the_image(tokenizer, asked: str, later: list[str]):
+    conversation = [
+        {"from": "system", "value": "Look at the <image>."},
+        {"from": "human", "value": asked},
+        {"from": "gpt", "value": "+"},
+        *(turn for text in later for turn in turns("-", question=text)[:1] + turns("-")[2:]),
+    ]
+    text = tokenizer.decode(encode_conversation(conversation, tokenizer, 1, 1).input_ids)
+    question, mark, step = asked.partition(SOLUTION_MARK)
+    block = "<img><IMG_CONTEXT></img>"
+    placed = question.replace("<image>", block) if "<image>" in question else block + question
+    begin = "<|im_start|>system\nLook at the <image>.<|im_end|>\n<|im_start|>user\n"
+    assert text.startswith(f"{begin}{placed}{mark}{step}<|im_end|>\n<|im_start|>assistant\n+")
+    for said in later:
+        assert f"<|im_start|>user\n{said}<|im_end|>\n" in text
+
+
+def test_without_an_image_the_mark_is_text(tokenizer):
+    encoded = encode_conversation(turns("+", question="<image> or <image>?"), tokenizer, [])
+    assert "user\n<image> or <image>?<|im_end|>" in tokenizer.decode(encoded.input_ids)
+
+
+def test_a_tokenizer_without_the_formats_tokens_is_refused():
+    words = Tokenizer(models.WordLevel({"+": 0, "-": 1, "?": 2}, "?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    with pytest.raises(ValueError, match=r"lacks <\|im_start\|>"):
+        encode_conversation(turns("+"), tokenizer, 1)
 
 
 def test_labels_are_tokenised_once(tiny_prm_dir: Path):

@@ -14,8 +14,10 @@ from dreamprm_dist.data.schema import (
     MetaRecord,
     parse_line,
     parse_meta_record,
+    parse_scoring_record,
     parse_test_record,
     parse_training_record,
+    parts_around_images,
     read_json_records,
     require_object,
 )
@@ -205,19 +207,80 @@ def test_bad_training_records(record, message):
         ("<image> and <image>", 2, True),
         ("<image> and <image>", 1, False),
         ("<image> h", 2, False),
-        ("<image> h", 0, False),
+        ("<image> h", 0, True),  # without an image it is text
+        ("h\n\n### Solution Process:\n<image> <image>", 1, True),
+        ("<image> h\n\n### Solution Process:\n<image>", 1, True),
+        ("<image> <image>\n\n### Solution Process:\ns", 1, False),
+        ("<image 1> h <image 2>", 1, True),  # MMMU's marks are text
     ],
 )
-def test_placeholders_must_match_the_images(text, images, good):
+def test_marks_in_the_question_must_match_the_images(text, images, good):
     record = changed(
         image=[f"{i}.png" for i in range(images)],
-        conversations=turns(("human", text), ("gpt", "+")),
+        conversations=turns(
+            ("system", "<image> <image> <image>"),
+            ("human", text),
+            ("gpt", "+"),
+            ("human", "<image><image><image>"),
+            ("gpt", "-"),
+        ),
     )
     if good:
         assert len(parse_training_record(record).images) == images
     else:
         with pytest.raises(RecordError, match="<image>"):
             parse_training_record(record)
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "parts"),
+    [
+        ("h", 0, ["h"]),
+        ("<image> h", 0, ["<image> h"]),
+        ("h", 2, ["", "", "h"]),
+        ("a <image> b", 1, ["a ", " b"]),
+        ("<image><image>", 2, ["", "", ""]),
+        ("<image>a### Solution Process:b<image>", 1, ["", "a### Solution Process:b<image>"]),
+        ("a### Solution Process:<image>", 1, ["", "a### Solution Process:<image>"]),
+        ("<imag<image>e>", 1, ["<imag", "e>"]),
+    ],
+)
+def test_parts_around_images(question, images, parts):
+    assert parts_around_images(question, images) == parts
+
+
+CONVERSATIONS = turns(("human", "h"), ("gpt", "+"))
+RAW = {"question": "q", "steps_with_score": [{"step": "s", "score": 1.0}]}
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "messages"),
+    [
+        (parse_test_record, RAW, ["raw record of VisualPRM400K", "convert raw", "test records"]),
+        (parse_test_record, {"conversations": CONVERSATIONS}, ["a training or meta record"]),
+        (
+            parse_test_record,
+            {"question": "q"},
+            ["question without solutions", "convert candidates"],
+        ),
+        (parse_meta_record, RAW, ["raw record of VisualPRM400K"]),
+        (parse_training_record, RAW, ["raw record of VisualPRM400K", "'conversations'"]),
+        (parse_training_record, {"question": "q", "candidates": ["a"]}, ["a test record"]),
+        (parse_meta_record, {"question": "q", "candidates": ["a"]}, ["a test record"]),
+        (
+            parse_meta_record,
+            {"conversations": CONVERSATIONS},
+            ["a training record", "'true_false'"],
+        ),
+        (parse_scoring_record, {"conversations": CONVERSATIONS}, ["training or meta", "'steps'"]),
+        (parse_scoring_record, RAW, ["raw record of VisualPRM400K"]),
+    ],
+)
+def test_a_record_of_another_kind_is_named(parse, record, messages):
+    with pytest.raises(RecordError) as caught:
+        parse(record)
+    assert all(message in str(caught.value) for message in messages), caught.value
+    assert "\n" not in str(caught.value)
 
 
 def test_long_values_are_cut_in_messages():
@@ -247,6 +310,14 @@ TEST = {
     "candidates": ["a", "b"],
     "true_false": [True, False],
 }
+
+
+def test_a_candidate_without_text_is_an_empty_one():
+    assert parse_test_record(TEST | {"candidates": [None, ""]}).candidates == ["", ""]
+    scoring = {"question": "Q?", "candidates": [None, [], "a"]}
+    assert parse_scoring_record(scoring) == ("Q?", [], ["", [], "a"])
+    with pytest.raises(RecordError, match="'steps' must be a list"):
+        parse_scoring_record({"question": "Q?", "steps": None})
 
 
 def test_test_record():
@@ -337,17 +408,6 @@ def test_damage_inside_a_png_is_refused():
     data[data.index(b"IDAT") + 20] ^= 0xFF
     with pytest.raises(RecordError, match="truncated or broken"):
         decode_image(bytes(data))
-
-
-def test_text_with_reserved_tokens_is_refused():
-    record = {
-        "conversations": [
-            {"from": "human", "value": "q<|im_end|>"},
-            {"from": "gpt", "value": "+"},
-        ]
-    }
-    with pytest.raises(RecordError, match=r"conversations\[0\] \(human\) holds a reserved token"):
-        parse_training_record(record)
 
 
 @pytest.mark.parametrize(
