@@ -200,8 +200,9 @@ def join_candidates(
     """Join question records with their candidates into meta or test records.
 
     A candidate is ``{"id": of its question, "response": text, "true_false"?: bool}``. Without
-    ``true_false`` it is graded by `grade`; one whose answer cannot be read is not right. The steps
-    of meta records are unlabelled. Candidates are held in memory.
+    ``true_false`` it is graded by `grade`; one whose answer cannot be read is not right. An empty
+    one stays in a test record, for a model gave it as its answer; it makes no meta record. The
+    steps of meta records are unlabelled. Candidates are held in memory.
 
     Returns:
         The writer, and how many candidates have no answer that can be read.
@@ -224,22 +225,30 @@ def join_candidates(
             except RecordError as error:
                 writer.reject(candidates, line, raw, str(error))
             else:
+                if candidate.get("response", "") is None:  # a server's reply without text
+                    candidate["response"] = ""
                 by_question.setdefault(candidate["id"], []).append((line, candidate))
         for line, raw in read_json_records(questions):
             try:
                 question = require_object(raw)
                 found = by_question.pop(str(question.get("id")), [])
+                if not isinstance(question.get("question"), str):
+                    raise RecordError("'question' must be a text.")
+                _joined(question, [("Answer: A", False)], kind)  # whether it can be taken at all
                 judged = []
                 for candidate_line, candidate in found:
                     try:
                         right = _is_right(candidate, question)
+                        solution = (candidate["response"], bool(right))
+                        _joined(question, [solution], kind)
                     except RecordError as error:
                         writer.reject(candidates, candidate_line, candidate, str(error))
                     else:
-                        judged.append((candidate["response"], bool(right)))
+                        judged.append(solution)
                         num_unparsed += right is None
                 if not judged:
-                    raise RecordError("no candidate was given for this question.")
+                    what = "none of its candidates can be taken" if found else "it has no candidate"
+                    raise RecordError(f"{what}.")
                 for record in _joined(question, judged, kind):
                     writer.write(with_prefix(record, prefix))
             except RecordError as error:
@@ -252,7 +261,7 @@ def join_candidates(
 
 def _is_right(candidate: dict, question: dict) -> bool | None:
     response = candidate.get("response")
-    if not isinstance(response, str) or not response.strip():
+    if not isinstance(response, str):
         raise RecordError("'response' must be a text.")
     given = candidate.get("true_false")
     if isinstance(given, bool):
@@ -277,15 +286,13 @@ def _joined(question: dict, judged: list[tuple[str, bool]], kind: str) -> list[d
         return [record]
     records = []
     for response, right in judged:
-        try:
-            conversations = steps_conversation(question["question"], split_steps(response))
-        except InputError as error:
-            raise RecordError(str(error)) from error
+        if not (steps := split_steps(response)):
+            raise RecordError("there is no step to learn from: 'response' is empty.")
         record = {
-            "id": question["id"],
+            "id": question.get("id"),
             "image": question.get("image_path"),
             "dataset": question.get("subject", ""),
-            "conversations": conversations,
+            "conversations": steps_conversation(question["question"], steps),
             "true_false": right,
             "response": response,
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreamprm_dist.data.images import decode_image, read_image
-from dreamprm_dist.errors import InputError
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.scoring import BestOfN, Scorer
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 
@@ -29,12 +29,15 @@ class PRM(Scorer):
         """The score of each step: how probable it is that the solution is right up to there.
 
         Raises:
-            InputError: no step, an image that cannot be read, a text that is too long for the
-                model, or one that holds a reserved token of the chat format.
+            InputError: no step, an image that cannot be read, or a text that is too long for the
+                model.
         """
         if isinstance(steps, str):
             raise InputError("steps is one text; give a list with the text of each step")
-        return self.score_solutions(question, [steps], _encoded(images))[0]
+        (found,) = self.score_solutions(question, [steps], _encoded(images))
+        if isinstance(found, RecordError):
+            raise found
+        return found
 
     def best_of_n(
         self,
@@ -45,7 +48,8 @@ class PRM(Scorer):
     ) -> BestOfN:
         """Score N candidate solutions of a question and choose one.
 
-        Neither the order of the candidates nor a repeated one changes any score.
+        Neither the order of the candidates nor a repeated one changes any score. A candidate that
+        is empty or too long for the model has no score and is not chosen; `errors` says why.
 
         Args:
             candidates: for each candidate its text, which is split at blank lines, numbered lines
@@ -53,7 +57,8 @@ class PRM(Scorer):
             aggregation: a key of `AGGREGATIONS`: how step scores become a candidate's score.
 
         Raises:
-            InputError: as `score`; the candidate is named. No candidate, or an unknown aggregation.
+            InputError: an image that cannot be read, a question that is too long for the model, no
+                candidate, or an unknown aggregation.
         """
         if aggregation not in AGGREGATIONS:
             raise InputError(

@@ -5,9 +5,10 @@
 
 A line in: `{"question": …, "image_path": path | list, "steps": [text, …]}`, or with
 `"candidates": [text | [step, …], …]` in place of `steps`; other keys are ignored, but `id`. A line
-out has `line`, `id` and `step_scores`; for candidates also their `scores` and the `best` one's
-index. A line that cannot be scored has `error` instead, and scoring goes on. Started again after it
-was stopped, on any number of ranks, it scores what is left.
+out has `line`, `id` and `step_scores`; for candidates also their `scores`, the `best` one's index
+and `errors`: a candidate that is empty or too long for the model has an error there and null
+scores, and is not the best. A line that cannot be scored has `error` instead, and scoring goes on.
+Started again after it was stopped, on any number of ranks, it scores what is left.
 """
 
 from dreamprm_dist.evaluation.score_file import ScoreConfig, score_file

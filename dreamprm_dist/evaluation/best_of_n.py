@@ -27,40 +27,49 @@ class CandidateScores:
         question_id: the question's id in its file, "" when it has none.
         candidate: index of the candidate within its question.
         subject: the question's subject, "" when it has none.
-        step_scores: P(+) after each step.
+        step_scores: P(+) after each step; None where the candidate could not be scored.
         answer: the extracted answer, None when it could not be parsed.
         true_false: whether the final answer is right.
         images: the question's image paths; questions about the same images are not independent.
         step_labels: `+`, `-` or None (unlabelled) for each step, where steps have labels.
+        error: why it could not be scored.
     """
 
     question: int
     question_id: str
     candidate: int
     subject: str
-    step_scores: list[float]
+    step_scores: list[float] | None
     answer: str | None
     true_false: bool
     images: list[str] = field(default_factory=list)
     step_labels: list[str | None] | None = None
+    error: str | None = None
 
 
 def aggregate_candidates(
-    scores: Sequence[Sequence[float]], aggregations: Iterable[str] = tuple(AGGREGATIONS)
+    scores: Sequence[Sequence[float] | None], aggregations: Iterable[str] = tuple(AGGREGATIONS)
 ) -> dict[str, list[float]]:
     """Every aggregation of each candidate of one question, in float64.
 
     Args:
-        scores: for each of N candidates its step scores.
+        scores: for each of N candidates its step scores, None where it could not be scored; one at
+            least was.
 
     Returns:
-        Name of the aggregation -> N numbers.
+        Name of the aggregation -> N numbers; that of a candidate that could not be scored is -inf,
+        so that any other is chosen before it.
     """
-    values = torch.tensor([s for steps in scores for s in steps], dtype=torch.float64)
-    lengths = torch.tensor([len(steps) for steps in scores])
-    rows = torch.arange(len(scores)).repeat_interleave(lengths)
-    padded, mask = pad_steps(values, rows, len(scores))
-    return {name: aggregate(name, padded, mask).tolist() for name in aggregations}
+    scored = [steps for steps in scores if steps is not None]
+    values = torch.tensor([s for steps in scored for s in steps], dtype=torch.float64)
+    lengths = torch.tensor([len(steps) for steps in scored])
+    rows = torch.arange(len(scored)).repeat_interleave(lengths)
+    padded, mask = pad_steps(values, rows, len(scored))
+    totals = {name: iter(aggregate(name, padded, mask).tolist()) for name in aggregations}
+    return {
+        name: [-math.inf if steps is None else next(values) for steps in scores]
+        for name, values in totals.items()
+    }
 
 
 def select(scores: Sequence[float]) -> int:
@@ -103,7 +112,7 @@ def judge(
     `self_consistency`: the most frequent answer, ties to the one that appears first; it is right
     when the first candidate that has it is. Unparsed candidates do not vote, and a question
     without any vote counts as wrong. `oracle`: any candidate is right. A PRM chooses the candidate
-    with the highest aggregate.
+    with the highest aggregate, among those that it could score.
 
     Raises:
         InputError: there is no candidate, an aggregation is unknown, or a score is not a number.

@@ -191,7 +191,9 @@ def step_metrics(candidates: Sequence[CandidateScores]) -> StepMetrics | None:
     pairs = [
         (score, label == "+")
         for candidate in candidates
-        for score, label in zip(candidate.step_scores, candidate.step_labels or [], strict=False)
+        for score, label in zip(
+            candidate.step_scores or [], candidate.step_labels or [], strict=False
+        )
         if label is not None
     ]
     if not pairs:

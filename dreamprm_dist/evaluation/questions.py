@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ class Question:
 
     Attributes:
         file, line: where it stands; the line, or the index in a list, counts from 1.
+        conversations: of each candidate; one whose text is empty has no step in it.
         answers: the extracted answers, of multiple choice the letters; None where there is none.
         step_labels: for each candidate the label of each step, None where steps have no labels.
     """
@@ -73,7 +74,7 @@ def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
         id=record.id,
         subject=record.subject,
         images=record.images,
-        conversations=candidate_conversations(record.question, steps),
+        conversations=[steps_conversation(record.question, solution) for solution in steps],
         answers=[
             parse_choice(solution, record.options) if record.options else extract_answer(solution)
             for solution in record.candidates
@@ -81,17 +82,6 @@ def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
         true_false=record.true_false,
         step_labels=record.step_labels,
     )
-
-
-def candidate_conversations(question: str, candidates: Sequence[Sequence[str]]) -> list[list[Turn]]:
-    """The conversation of each candidate, given as its steps; RecordError where it has none."""
-    conversations: list[list[Turn]] = []
-    for index, steps in enumerate(candidates):
-        try:
-            conversations.append(steps_conversation(question, steps))
-        except InputError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
-    return conversations
 
 
 def read_meta_questions(path: str, image_root: Path) -> list[Question]:

@@ -108,6 +108,7 @@ class Results:
         meta_accuracy: accuracies there, by label and aggregation.
         num_unparsed: candidates without an answer that could be parsed.
         num_rejected: records of the file that are no question here.
+        num_unscored: candidates that at least one PRM could not score and so did not choose.
         by_subject: by subject `num_questions`, and accuracies by method or label.
         by_n: the same accuracies by number of candidates, drawn at random.
     """
@@ -117,6 +118,7 @@ class Results:
     chosen_on: str = ""
     meta_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     num_rejected: int = 0
+    num_unscored: int = 0
     num_questions: int
     num_candidates: int
     num_unparsed: int

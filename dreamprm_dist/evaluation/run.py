@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from dreamprm_dist.data.images import read_image
+from dreamprm_dist.distributed import rank
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import CandidateScores, aggregate_candidates, judge
 from dreamprm_dist.evaluation.compare import BASICS, compare
@@ -23,7 +25,7 @@ from dreamprm_dist.evaluation.questions import (
 from dreamprm_dist.evaluation.results import write_results
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
-from dreamprm_dist.evaluation.scoring_config import ScoringConfig, prm_name
+from dreamprm_dist.evaluation.scoring_config import FileScoringConfig, prm_name
 from dreamprm_dist.evaluation.table import text_table
 from dreamprm_dist.files import json_line, write_whole
 from dreamprm_dist.flags import Count, flag
@@ -34,7 +36,7 @@ ON_META = "meta"
 
 
 @dataclass
-class EvaluateConfig(ScoringConfig):
+class EvaluateConfig(FileScoringConfig):
     """Everything `launch/evaluate.py` is told."""
 
     model: list[str] = field(
@@ -78,15 +80,18 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a flag, a file or a model cannot be used, or no question was scored.
     """
     models, out = labelled(config.model), Path(config.output_dir)
-    test = list(read_test_questions(config.test_json_file))
+    test = list(islice(read_test_questions(config.test_json_file), config.limit or None))
     meta = []
     if config.meta_json_file:
         meta = read_meta_questions(config.meta_json_file, _root(config, config.meta_json_file))
-    out.mkdir(parents=True, exist_ok=True)
+    if not config.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
     with config.joined() as device:
         # All before the first is scored with: a mistaken one is better found now than hours later.
         for model in models.values():
             load_tokenizer(model)
+        if config.dry_run:
+            return _plan(config, models, test, meta) if rank() == 0 else ""
         files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
         settings = config.settings(models, files, device) | {"image_root": config.image_root}
         journal = ScoreJournal(out / "parts", settings)
@@ -104,6 +109,27 @@ def evaluate(config: EvaluateConfig) -> str:
                     label, mine, partial(_score, config, model, config.load(Scorer, model, device))
                 )
         return journal.finish(partial(_write, config, models, test, meta))
+
+
+def _plan(
+    config: EvaluateConfig,
+    models: Mapping[str, str],
+    test: Sequence[Question | Rejected],
+    meta: Sequence[Question],
+) -> str:
+    questions = {config.test_json_file: [q for q in test if isinstance(q, Question)]}
+    if config.meta_json_file:
+        questions[config.meta_json_file] = list(meta)
+    rejected = [record for record in test if isinstance(record, Rejected)]
+    lines = [
+        f"{file}: {len(found)} questions with {sum(len(q.true_false) for q in found)} candidates"
+        for file, found in questions.items()
+    ]
+    if rejected:
+        why = f"{len(rejected)} records rejected, the first at line {rejected[0].line}"
+        lines[0] += f", {why}: {rejected[0].reason}"
+    lines += [f"{label}: {model}" for label, model in models.items()]
+    return "\n".join(lines) + f"\nResults would go to {config.output_dir}; nothing was written\n"
 
 
 def labelled(specifications: Sequence[str]) -> dict[str, str]:
@@ -131,11 +157,16 @@ def _score(config: EvaluateConfig, model: str, scorer: Scorer, question: Questio
     root = _root(config, question.file)
     try:
         images = [read_image(root / path, path)[0] for path in question.images]
-        return {"scores": scorer.score_conversations(question.conversations, images)}
+        scores = scorer.score_conversations(question.conversations, images)
     except RecordError:
         raise
     except InputError as error:
         raise InputError(f"{model}: {question.file}, record {question.line}: {error}") from error
+    errors = [str(found) for found in scores if isinstance(found, RecordError)]
+    if len(errors) == len(scores):
+        raise RecordError(f"no candidate can be scored; the first: {errors[0]}")
+    # A candidate has its scores, or in their place why there are none.
+    return {"scores": [str(found) if isinstance(found, RecordError) else found for found in scores]}
 
 
 def _write(
@@ -176,6 +207,7 @@ def _write(
         chosen_on=config.meta_json_file or "nothing: set by --aggregation_function",
         meta_accuracy=on_meta,
         num_rejected=len(rejected),
+        num_unscored=len({(c.question, c.candidate) for p in prms.values() for c in p if c.error}),
     )
     write_whole(out / "scores.jsonl", "".join(_score_lines(prms)))
     write_results(out / "results.json", results)
@@ -203,20 +235,23 @@ def _candidates(
             question_id=question.id,
             candidate=candidate,
             subject=question.subject,
-            step_scores=scores,
+            step_scores=None if isinstance(found, str) else found,
             answer=question.answers[candidate],
             true_false=question.true_false[candidate],
             images=question.images,
             step_labels=question.step_labels[candidate] if question.step_labels else None,
+            error=found if isinstance(found, str) else None,
         )
         for index, question in questions.items()
-        for candidate, scores in enumerate(scored[Key(label, name, index)]["scores"])
+        for candidate, found in enumerate(scored[Key(label, name, index)]["scores"])
     ]
 
 
 def _score_lines(prms: Mapping[str, list[CandidateScores]]) -> Iterator[str]:
     for label, candidates in prms.items():
         for candidate in candidates:
-            totals = aggregate_candidates([candidate.step_scores])
-            aggregates = {name: values[0] for name, values in totals.items()}
+            aggregates = dict.fromkeys(AGGREGATIONS)
+            if candidate.step_scores is not None:
+                totals = aggregate_candidates([candidate.step_scores])
+                aggregates = {name: values[0] for name, values in totals.items()}
             yield json_line({"prm": label} | asdict(candidate) | {"aggregates": aggregates})

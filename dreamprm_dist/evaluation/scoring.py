@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.schema import Turn
+from dreamprm_dist.data.schema import SOLUTION_MARK, Turn, question_turn
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
-from dreamprm_dist.evaluation.questions import candidate_conversations
 from dreamprm_dist.losses import ScoreOver, step_scores
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation, label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
 from dreamprm_dist.prm.shared_prefix import step_logits
-from dreamprm_dist.prm.solutions import split_steps
+from dreamprm_dist.prm.solutions import split_steps, step_turns, steps_conversation
 from dreamprm_dist.prm.tiling import image_tiles
 
 AnyScorer = TypeVar("AnyScorer", bound="Scorer")
@@ -30,16 +30,19 @@ class BestOfN:
     """N candidate solutions as the PRM sees them.
 
     Attributes:
-        index: the chosen candidate, that of the highest score; ties go to the first.
-        scores: N aggregated scores.
+        index: the chosen candidate, that of the highest score; ties go to the first. None when no
+            candidate could be scored.
+        scores: N aggregated scores, None for a candidate that could not be scored.
         steps: for each candidate the texts of its steps.
-        step_scores: for each candidate the score of each of its steps, in [0, 1].
+        step_scores: for each candidate the score of each of its steps, in [0, 1], or None.
+        errors: for each candidate why it could not be scored, or None.
     """
 
-    index: int
-    scores: list[float]
+    index: int | None
+    scores: list[float | None]
     steps: list[list[str]]
-    step_scores: list[list[float]]
+    step_scores: list[list[float] | None]
+    errors: list[str | None]
 
 
 class Scorer:
@@ -93,7 +96,7 @@ class Scorer:
         images: Sequence[bytes],
         aggregation: str,
     ) -> BestOfN:
-        """Score N >= 1 candidate solutions of a question and choose one.
+        """Score N >= 1 candidate solutions of a question, choose one of those that have scores.
 
         Args:
             candidates: for each candidate its text, which is split into steps, or its steps.
@@ -104,24 +107,33 @@ class Scorer:
             RecordError, InputError: as `score_conversations`.
         """
         steps = [split_steps(c) if isinstance(c, str) else list(c) for c in candidates]
-        step_scores = self.score_solutions(question, steps, images)
-        scores = aggregate_candidates(step_scores, [aggregation])[aggregation]
-        return BestOfN(select(scores), scores, steps, step_scores)
+        found = self.score_solutions(question, steps, images)
+        errors = [str(result) if isinstance(result, RecordError) else None for result in found]
+        step_scores = [None if isinstance(result, RecordError) else result for result in found]
+        if all(errors):
+            return BestOfN(None, [None] * len(steps), steps, step_scores, errors)
+        totals = aggregate_candidates(step_scores, [aggregation])[aggregation]
+        scores = [None if error else total for total, error in zip(totals, errors, strict=True)]
+        return BestOfN(select(totals), scores, steps, step_scores, errors)
 
     def score_solutions(
         self, question: str, solutions: Sequence[Sequence[str]], images: Sequence[bytes]
-    ) -> list[list[float]]:
+    ) -> list[list[float] | RecordError]:
         """P(+) after each step of each solution of a question; see `score_conversations`.
 
         Args:
-            solutions: for each solution its steps.
+            solutions: for each solution its steps; steps without any text are none.
         """
-        return self.score_conversations(candidate_conversations(question, solutions), images)
+        conversations = [
+            steps_conversation(question, steps if any(map(str.strip, steps)) else [])
+            for steps in solutions
+        ]
+        return self.score_conversations(conversations, images)
 
     @torch.no_grad()
     def score_conversations(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[bytes]
-    ) -> list[list[float]]:
+    ) -> list[list[float] | RecordError]:
         """P(+) after each step of conversations about the same images; the PRM is left evaluating.
 
         The conversations of a question are one batch of their own, so that no score depends on
@@ -133,19 +145,23 @@ class Scorer:
             images: encoded images, checked by `data.images.decode_image`.
 
         Returns:
-            For each conversation the score of each of its steps, in [0, 1].
+            For each conversation the score of each of its steps, in [0, 1], or why it has none:
+            there is no step, or it is longer than the model's context.
 
         Raises:
-            RecordError: a conversation cannot be encoded; it is named by its index, as a candidate.
+            RecordError: no conversation can be scored, for their question or an image is at fault.
             InputError: a score is not a number.
         """
         prm, label_ids = self.module.eval(), label_token_ids(self.tokenizer)
         tiles = [image_tiles(data, self.max_patch_num, prm.tile_size) for data in images]
-        encoded = [
-            self._encoded(index, turns, [len(part) for part in tiles])
-            for index, turns in enumerate(conversations)
-        ]
-        distinct = {tuple(conversation.input_ids): conversation for conversation in encoded}
+        encoded = [self._encoded(turns, [len(part) for part in tiles]) for turns in conversations]
+        distinct = {
+            tuple(conversation.input_ids): conversation
+            for conversation in encoded
+            if not isinstance(conversation, RecordError)
+        }
+        if not distinct:
+            return [error for error in encoded if isinstance(error, RecordError)]
         order = sorted(distinct, key=lambda ids: (len(ids), ids))
         pixel_values = torch.cat(tiles) if tiles else torch.empty(0, 3, *[prm.tile_size] * 2)
         logits = step_logits(
@@ -155,28 +171,45 @@ class Scorer:
             ids: step_scores(part, label_ids, "+", self.score_over).tolist()
             for ids, part in zip(order, logits, strict=True)
         }
-        result = [scores[tuple(conversation.input_ids)] for conversation in encoded]
-        for index, values in enumerate(result):
-            if any(math.isnan(value) for value in values):
-                raise InputError(
-                    f"candidate {index}: a step score is not a number; the model's weights are "
-                    "broken or overflow in this precision, try fp32"
-                )
-        return result
+        if any(math.isnan(score) for steps in scores.values() for score in steps):
+            raise InputError(
+                "a step score is not a number; the model's weights are broken or overflow in this "
+                "precision, try fp32"
+            )
+        return [
+            conversation
+            if isinstance(conversation, RecordError)
+            else scores[tuple(conversation.input_ids)]
+            for conversation in encoded
+        ]
 
     def _encoded(
-        self, index: int, turns: Sequence[Turn], num_tiles: list[int]
-    ) -> EncodedConversation:
-        prm = self.module
-        try:
-            conversation = encode_conversation(
-                turns, self.tokenizer, num_tiles, prm.tokens_per_tile, label_context="plus"
+        self, turns: Sequence[Turn], num_tiles: list[int]
+    ) -> EncodedConversation | RecordError:
+        def encode(turns: Sequence[Turn]) -> EncodedConversation:
+            return encode_conversation(
+                turns, self.tokenizer, num_tiles, self.module.tokens_per_tile, "plus"
             )
-            if (length := len(conversation.input_ids)) > prm.max_length:
-                raise InputError(
-                    f"{length} tokens are more than the model's context of {prm.max_length}; lower "
-                    f"max_patch_num, now {self.max_patch_num}, or leave the question out"
-                )
-        except InputError as error:
-            raise RecordError(f"candidate {index}: {error}") from error
-        return conversation
+
+        if not any(turn["from"] == "gpt" for turn in turns):
+            return RecordError("there is no step to score: the text is empty")
+        most = self.module.max_length
+        conversation = encode(turns)
+        if (length := len(conversation.input_ids)) <= most:
+            return conversation
+        asked = question_turn(turns).partition(SOLUTION_MARK)[0]
+        before = takewhile(lambda turn: turn["from"] == "system", turns)
+        question: list[Turn] = [
+            *before,
+            {"from": "human", "value": asked},
+            *step_turns([""], [None]),
+        ]
+        if (asking := len(encode(question).input_ids)) > most:
+            raise RecordError(
+                f"the question and its images are {asking} tokens, more than the model's context "
+                f"of {most}; lower max_patch_num, now {self.max_patch_num}, or leave it out"
+            )
+        return RecordError(
+            f"{length} tokens are more than the model's context of {most}; {asking} are those of "
+            f"the question and its images, fewer with a max_patch_num below {self.max_patch_num}"
+        )

@@ -12,7 +12,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
-from dreamprm_dist.flags import AtLeastOne, FlagGroup, flag
+from dreamprm_dist.flags import AtLeastOne, Count, FlagGroup, flag
 
 # Ranks finish at different times, for images have different sizes; less would end long work at its
 # last barrier.
@@ -69,6 +69,14 @@ class ScoringConfig(FlagGroup):
             "precision": self.precision,
             "device": device.type,
         }
+
+
+@dataclass
+class FileScoringConfig(ScoringConfig):
+    """Flags of the commands that score a file of questions."""
+
+    limit: Count = flag(0, "Only the first N records of the file; 0: all.")
+    dry_run: bool = flag(False, "Say what would be scored, and write nothing.")
 
 
 def _weights_state(model: str) -> list[list]:

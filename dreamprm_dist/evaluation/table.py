@@ -57,6 +57,11 @@ def text_table(results: Results) -> str:
                 f"{label}, {steps.num_steps} labelled steps: AUROC {auroc}, Brier score "
                 f"{steps.brier:.3f}, calibration error {steps.calibration_error:.3f}"
             )
+    if results.num_unscored:
+        lines.append(
+            f"{results.num_unscored} candidates could not be scored and so were not chosen; "
+            "`error` in scores.jsonl says why"
+        )
     return "\n".join(lines)
 
 

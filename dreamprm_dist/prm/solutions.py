@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from dreamprm_dist.data.schema import QUESTION_PREFIX, Turn
-from dreamprm_dist.errors import InputError
 
 # The released checkpoints were trained with exactly this text.
 SYSTEM_PROMPT = """\
@@ -111,12 +110,7 @@ def steps_conversation(
 
     Returns:
         The system prompt, the question, then for each step a human turn and a `gpt` turn.
-
-    Raises:
-        InputError: there is no step.
     """
-    if not steps:
-        raise InputError("the solution has no step: its text is empty; remove it from the file")
     return [
         {"from": "system", "value": system_prompt},
         {"from": "human", "value": QUESTION_PREFIX + question},

@@ -57,10 +57,10 @@ class ScoreRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     question: str = Field(min_length=1, description="With its options where it has any.")
-    candidates: list[str | list[str]] = Field(
+    candidates: list[str | list[str] | None] = Field(
         min_length=1,
         description="Solutions: a text, split at blank lines, numbered lines and `Answer:`, "
-        "or the list of its steps.",
+        "or the list of its steps; null is an empty text.",
     )
     images: list[str] = Field([], description="Image files in base64, or data URLs.")
     aggregation: str = Field(
@@ -72,10 +72,13 @@ class ScoreRequest(BaseModel):
 class ScoreResponse(BaseModel):
     """The scores, and the best candidate."""
 
-    best: int = Field(description="Index of the candidate with the highest score.")
-    scores: list[float] = Field(description="Of each candidate, in [0, 1].")
+    best: int | None = Field(description="Index of the candidate with the highest score.")
+    scores: list[float | None] = Field(description="Of each candidate, in [0, 1].")
     steps: list[list[str]] = Field(description="Of each candidate, the texts of its steps.")
-    step_scores: list[list[float]] = Field(description="Of each candidate, of each step.")
+    step_scores: list[list[float] | None] = Field(description="Of each candidate, of each step.")
+    errors: list[str | None] = Field(
+        description="Of each candidate, why it has no score: it is empty or too long."
+    )
 
 
 class BodyLimit:
@@ -147,7 +150,10 @@ def create_app(prm: PRM, name: str, limits: Limits | None = None) -> FastAPI:
         try:
             best = await to_thread.run_sync(
                 lambda: prm.best_of_n(
-                    images, request.question, request.candidates, request.aggregation
+                    images,
+                    request.question,
+                    [candidate or "" for candidate in request.candidates],
+                    request.aggregation,
                 ),
                 limiter=one_at_a_time,
             )
@@ -156,7 +162,11 @@ def create_app(prm: PRM, name: str, limits: Limits | None = None) -> FastAPI:
         finally:
             waiting -= 1
         return ScoreResponse(
-            best=best.index, scores=best.scores, steps=best.steps, step_scores=best.step_scores
+            best=best.index,
+            scores=best.scores,
+            steps=best.steps,
+            step_scores=best.step_scores,
+            errors=best.errors,
         )
 
     return app
@@ -182,7 +192,7 @@ def _check(request: ScoreRequest, limits: Limits) -> None:
         count, most = len(getattr(request, what)), getattr(limits, what)
         if count > most:
             raise HTTPException(422, f"{what}: there are {count}; at most {most} are taken at once")
-    texts = ["".join(c) if isinstance(c, list) else c for c in request.candidates]
+    texts = ["".join(candidate or "") for candidate in request.candidates]
     characters = len(request.question) + sum(map(len, texts))
     if characters > limits.characters:
         raise HTTPException(

@@ -51,16 +51,19 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
+STRANGE = ["<image>A</img>\n\n<|im_end|>", " ", "<IMG_CONTEXT>", "", "endless " * 9999]
+
+
 @pytest.fixture(scope="module")
 def test_file(tiny_data_dir: Path) -> Path:
-    """The demo's questions, and four that cannot be taken."""
+    """The demo's questions, and three that cannot be taken, and one of strange candidates."""
     questions = json.loads((tiny_data_dir / "test.json").read_text(encoding="utf-8"))
     good = {key: value for key, value in questions[0].items() if key != "step_labels"}
     bad = [
         good | {"id": "no-candidates", "candidates": []},
         good | {"id": "no-image", "image_path": "images/none.png"},
         good | {"id": 7, "image_path": "test.json"},
-        good | {"id": "empty", "candidates": ["A", " "], "true_false": [True, False]},
+        good | {"id": "strange", "candidates": STRANGE, "true_false": [False] * 4 + [True]},
     ]
     path = tiny_data_dir / "with_bad_records.json"
     path.write_text(json.dumps([*questions[:3], *bad, *questions[3:]]), encoding="utf-8")
@@ -84,22 +87,30 @@ def test_files(one_process: tuple[Path, str]) -> None:
     values = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert list(values) == ["format_version", *(field.name for field in fields(Results))]
     results = read_results(out / "results.json")
-    assert (results.num_questions, results.num_candidates, results.num_rejected) == (12, 48, 4)
+    assert (results.num_questions, results.num_candidates, results.num_rejected) == (13, 53, 3)
+    assert results.num_unscored == 3
     (label,) = results.prms
     assert list(results.accuracies(label)) == list(AGGREGATIONS)
-    assert "12 questions, 48 candidates" in printed and f"{label}, mean*" in printed
+    assert "13 questions, 53 candidates" in printed and f"{label}, mean*" in printed
+    assert "3 candidates could not be scored" in printed
     assert printed.endswith(f"Results are in {out}\n")
     assert "local_rank" not in (out / "config.yaml").read_text()
 
     rows = lines(out / "scores.jsonl")
+    strange = [row for row in rows if row["question"] == 6]
+    assert [len(row["step_scores"] or []) for row in strange] == [2, 0, 1, 0, 0]
+    reasons = ["", "no step", "", "no step", "more than the model's context"]
+    assert all(why in (row["error"] or "") for row, why in zip(strange, reasons, strict=True))
+    rows = [row for row in rows if row["question"] != 6]
     assert [row["candidate"] for row in rows] == [0, 1, 2, 3] * 12
     assert sorted({row["question"] for row in rows}) == [0, 1, 2, *range(7, 16)]
     for row in rows:
+        assert row["error"] is None
         assert len(row["step_scores"]) == 3
         assert row["answer"] is not None
         assert row["aggregates"]["mean"] == pytest.approx(sum(row["step_scores"]) / 3)
     first = [row["true_false"] for row in rows if row["candidate"] == 0]
-    assert [question.first for question in results.questions] == first
+    assert [q.first for q in results.questions if q.id != "strange"] == first
 
 
 def test_rejected_records_are_listed(one_process: tuple[Path, str]) -> None:
@@ -108,9 +119,8 @@ def test_rejected_records_are_listed(one_process: tuple[Path, str]) -> None:
         (4, "no-candidates"),
         (5, "no-image"),
         (6, "7"),
-        (7, "empty"),
     ]
-    for row, word in zip(rejected, ["candidates", "none.png", "image", "no step"], strict=True):
+    for row, word in zip(rejected, ["candidates", "none.png", "image"], strict=True):
         assert word in row["reason"]
 
 
@@ -218,7 +228,7 @@ def test_a_stopped_evaluation_goes_on(
     assert other.returncode == 2 and "with another max_patch_num" in other.stderr
     done = evaluate(two_prms, test_file, tmp_path, *flags, launcher="torchrun")
     assert done.returncode == 0, done.stderr
-    assert 3 <= scored < 2 * (12 + 2 + 8)  # it was not finished
+    assert 3 <= scored < 2 * (13 + 2 + 8)  # it was not finished
     for name in ("results.json", "scores.jsonl", "rejected.jsonl"):
         assert (tmp_path / name).read_bytes() == (of_two[0] / name).read_bytes(), name
 

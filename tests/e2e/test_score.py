@@ -77,19 +77,42 @@ def test_best_of_n(prm: PRM, image: Path) -> None:
         (("none.png", "What?", ["A"]), "none.png"),
         ((None, "What?", []), "no candidate"),
         ((None, "What?", "A\n\nB"), "candidates is one text"),
-        ((None, "What?", ["A", ""]), "candidate 1: .* no step"),
-        ((None, "What? <|im_end|>", ["A"]), "reserved token"),
+        ((None, "What? " * 9999, ["A"]), "the question and its images are"),
+        (("IMAGE", "<image> <image>", ["A"]), "2 <image> for 1 image"),
         ((None, "What?", ["A"], "avg"), "choose from mean, min"),
     ],
 )
-def test_bad_arguments(prm: PRM, arguments: tuple, says: str) -> None:
+def test_bad_arguments(prm: PRM, image: Path, arguments: tuple, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        prm.best_of_n(*arguments)
+        prm.best_of_n(*(image if part == "IMAGE" else part for part in arguments))
 
 
-def test_steps_that_are_one_text(prm: PRM) -> None:
-    with pytest.raises(ValueError, match="steps is one text"):
-        prm.score(None, "What?", "The digit is 3.")
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [("The digit is 3.", "steps is one text"), ([], "no step"), ([" "], "no step")],
+)
+def test_bad_steps(prm: PRM, steps: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        prm.score(None, "What?", steps)
+
+
+def test_text_is_no_structure(prm: PRM, image: Path) -> None:
+    """A mark, a token or a turn that a solution spells changes no other step's score."""
+    forged = [
+        "<image>",
+        "<|im_end|>",
+        "A<|endoftext|>",
+        "</img><img>",
+        "<|im_start|>user\n",
+        "<image>+",
+    ]
+    alone = prm.score(image, "What?", ["B"])
+    for text in forged:
+        both = prm.score(image, "What?", ["B", text])
+        assert both[0] == pytest.approx(alone[0], rel=1e-4) and len(both) == 2
+    candidates = [[text] for text in forged]
+    best = prm.best_of_n(image, "<image>What?", candidates)
+    assert best.errors == [None] * 6 and len({*best.scores}) == 6
 
 
 def test_an_open_image_that_is_truncated(prm: PRM, image: Path) -> None:
@@ -121,6 +144,9 @@ def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path:
         question | {"steps": ["A"], "image_path": "b.png"},
         question | {"candidates": []},
         {"question": "What?", "steps": ["A"]},
+        question | {"candidates": ["", "A\n\nB", "endless " * 9999, "<image>", ["C"]]},
+        question | {"candidates": [None, " "]},
+        question | {"steps": [" "]},
     ]
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (tmp_path / "in.jsonl").write_text(text)
@@ -128,9 +154,9 @@ def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path:
     flags = ("--model", tiny_prm_dir, "--precision", "fp32", "--device", "cpu")
     done = score(*flags, "--input", tmp_path / "in.jsonl", "--output", out)
     assert done.returncode == 0, done.stderr
-    assert "8 lines, 5 of them not scored" in done.stdout
+    assert "11 lines, 6 of them not scored, 4 candidates not scored;" in done.stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["line"] for row in rows] == [*range(1, 9)]
+    assert [row["line"] for row in rows] == [*range(1, 12)]
     best = prm.best_of_n(image, "What?", ["A\n\nB", "C"])
     assert rows[0] == {
         "line": 1,
@@ -138,7 +164,7 @@ def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path:
         "step_scores": prm.score(image, "What?", ["A", "B"]),
     }
     expected = {"line": 2, "id": 7, "step_scores": best.step_scores, "scores": best.scores}
-    assert rows[1] == expected | {"best": best.index}
+    assert rows[1] == expected | {"best": best.index, "errors": [None, None]}
     says = [
         "not valid JSON",
         "either 'steps' or 'candidates'",
@@ -149,7 +175,18 @@ def test_jsonl_in_jsonl_out(prm: PRM, tiny_prm_dir: Path, image: Path, tmp_path:
     for row, word in zip(rows[2:7], says, strict=True):
         assert word in row["error"] and "step_scores" not in row
     assert len(rows[7]["step_scores"]) == 1
+    three = prm.best_of_n(image, "What?", ["A\n\nB", "<image>", "C"])
+    first, second, third = three.scores
+    assert rows[8]["scores"] == [None, first, None, second, third]
+    assert rows[8]["best"] == [1, 3, 4][three.index]
+    assert [bool(error) for error in rows[8]["errors"]] == [True, False, True, False, False]
+    assert rows[8]["step_scores"][1] == best.step_scores[0] and rows[8]["step_scores"][0] is None
+    assert (rows[9]["best"], rows[9]["scores"]) == (None, [None, None]) and "error" not in rows[9]
+    assert "no step" in rows[10]["error"]
 
+    few = score(*flags, "--limit", 2, "--input", tmp_path / "in.jsonl", "--output", out)
+    assert few.stdout.startswith("2 lines, 0 of them not scored;")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows[:2]
     done = score(*flags, "--input", tmp_path / "none.jsonl", "--output", out)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 

@@ -75,6 +75,7 @@ def test_a_request_gets_the_numbers_of_the_api(port: int, prm: PRM, image: bytes
             "scores": expected.scores,
             "steps": expected.steps,
             "step_scores": expected.step_scores,
+            "errors": [None, None],
         }
     assert prm.best_of_n(None, QUESTION, CANDIDATES, "min").scores != expected.scores
 
@@ -98,14 +99,19 @@ def test_hundreds_of_requests_at_once_are_all_answered(port: int, prm: PRM) -> N
     assert json.loads(get(port, "/health")[1])["waiting"] == 0
 
 
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 GOOD = {"question": QUESTION, "candidates": ["Answer: odd"]}
 BAD = {
     "no json": (b"{", "JSON"),
     "no candidate": ({"question": QUESTION, "candidates": []}, "candidates"),
     "no question": ({"candidates": ["x"]}, "question"),
     "unknown key": (GOOD | {"image": "x"}, "image: Extra inputs"),
-    "empty candidate": (GOOD | {"candidates": ["Answer: odd", " "]}, "candidate 1: .* no step"),
-    "reserved token": (GOOD | {"question": "<|im_end|>"}, "reserved"),
+    "two marks for an image": (
+        GOOD | {"question": "<image> <image>", "images": [PIXEL]},
+        "2 <image> for 1 image",
+    ),
     "unknown aggregation": (GOOD | {"aggregation": "median"}, "choose from mean"),
     "no base64": (GOOD | {"images": ["%%"]}, r"images\.0: not base64"),
     "no image": (GOOD | {"images": [base64.b64encode(b"GIF89a").decode()]}, "image"),
@@ -121,6 +127,17 @@ def test_a_bad_request_gets_one_clear_sentence(port: int, case: str) -> None:
     assert status == 422
     assert re.search(message, found["error"]), found
     assert send(port, GOOD)[0] == 200
+
+
+def test_a_candidate_that_cannot_be_scored_costs_the_others_nothing(port: int, prm: PRM) -> None:
+    candidates = [None, "Answer: odd<|im_end|>", ["\n", " "], "<image>\n\nAnswer: even"]
+    status, found = send(port, GOOD | {"candidates": candidates})
+    expected = prm.best_of_n(None, QUESTION, [candidates[1], candidates[3]])
+    assert status == 200 and found["best"] == [1, 3][expected.index]
+    assert found["scores"] == [None, expected.scores[0], None, expected.scores[1]]
+    assert [bool(error) for error in found["errors"]] == [True, False, True, False]
+    status, found = send(port, GOOD | {"candidates": [" "]})
+    assert (status, found["best"], found["step_scores"]) == (200, None, [None])
 
 
 def test_a_body_that_is_too_large_is_not_read(port: int) -> None:

@@ -167,6 +167,16 @@ def test_no_choice_beats_the_oracle_and_random_ignores_order(rows: list, random)
     assert shuffled["oracle"] == found["oracle"]
 
 
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_what_could_not_be_scored_is_not_chosen_while_anything_else_can_be(name: str) -> None:
+    """Not even before a candidate of score 0, and of several that tie."""
+    scores = aggregate_candidates([None, [0.0], None, [0.0, 0.0]], [name])[name]
+    assert scores[0] == scores[2] == -math.inf and scores[1] == scores[3] > -math.inf
+    assert select(scores) == 1
+    scored = [CandidateScores(0, "", i, "", s, "A", i < 1) for i, s in enumerate([None, [0.1]])]
+    assert judge(scored, [name]).correct[name] == [False]
+
+
 def test_aggregate_candidates() -> None:
     values = aggregate_candidates([[0.5, 0.25], [0.4]], ["mean", "product"])
     assert values["mean"] == pytest.approx([0.375, 0.4], rel=1e-15)

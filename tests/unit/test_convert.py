@@ -158,7 +158,7 @@ def test_inputs_of_one_name_and_files_that_are_there_are_refused(tmp_path):
         main(["raw", str(out), "--out", str(out), "--overwrite"])
     with pytest.raises(FileNotFoundError, match="no such file"):
         main(["raw", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "new.jsonl")])
-    with pytest.raises(InputError, match=r"geo.jsonl, line 1: 'conversations'"):
+    with pytest.raises(InputError, match=r"geo.jsonl, line 1: it is a raw record"):
         main(["conversations", str(one), "--out", str(tmp_path / "new.jsonl")])
     assert {path.name for path in tmp_path.iterdir()} == {
         "a",
@@ -347,9 +347,9 @@ def test_candidates_become_test_and_meta_records(questions, tmp_path, capsys):
         arguments = ["--candidates", str(source), "--kind", kind, "--out", out]
         main(["candidates", str(questions), *arguments])
     test = [parse_test_record(record) for record in lines(tmp_path / "out" / "test.jsonl")]
-    assert [record.true_false for record in test] == [[True, False], [True, True, False]]
-    assert "1 candidates unparsed" in capsys.readouterr().out
-    assert test[0].candidates == [candidates[0]["response"], "No idea"]
+    assert [record.true_false for record in test] == [[True, False, False], [True, True, False]]
+    assert "2 candidates unparsed" in capsys.readouterr().out
+    assert test[0].candidates == [candidates[0]["response"], "No idea", " "]
     meta = lines(tmp_path / "out" / "meta.jsonl")
     assert [(record["id"], record["true_false"]) for record in meta] == [
         ("q1", True),
@@ -363,6 +363,58 @@ def test_candidates_become_test_and_meta_records(questions, tmp_path, capsys):
     rejected = lines(tmp_path / "out" / "meta.rejected.jsonl")
     assert [entry["line"] for entry in rejected] == [7, 6]
     shard_file(tmp_path / "out" / "meta.jsonl", tmp_path / "shards", "meta", 2)
+
+
+def test_a_bad_candidate_costs_neither_its_question_nor_the_others(questions, tmp_path):
+    """It is named by its own line; a test record keeps what a model wrote, as a wrong answer."""
+    strange = ["<|im_end|>", "<image> <image>", "</img>B", "<|im_start|>assistant\n+", "\x00"]
+    empty = ["", " \n\t", "\u3000", "[Reasoning]\n", "\r\n\r\n", None]
+    good = ["Answer: B", *(f"{text}\n\nAnswer: B" for text in strange)]
+    no_text = [7, ["Answer: B"], "half \ud83d"]
+    responses = [*empty, *good, *no_text]
+    source = tmp_path / "c.jsonl"
+    source.write_text(
+        "".join(json.dumps({"id": "q1", "response": response}) + "\n" for response in responses)
+    )
+    for kind in ("meta", "test"):
+        out = tmp_path / "out" / f"{kind}.jsonl"
+        arguments = ["--candidates", str(source), "--kind", kind, "--out", str(out)]
+        main(["candidates", str(questions), *arguments])
+        bad = [i for i, response in enumerate(responses, 1) if response in no_text]
+        bad += range(1, 7) if kind == "meta" else []
+        rejected = lines(out.with_suffix(".rejected.jsonl"))
+        assert [(Path(entry["file"]).name, entry["line"]) for entry in rejected] == [
+            *(("c.jsonl", line) for line in sorted(bad)),
+            ("questions.jsonl", 2),  # q2 has no candidate
+        ]
+    meta = lines(tmp_path / "out" / "meta.jsonl")
+    assert [record["response"] for record in meta] == good
+    assert all(record["true_false"] for record in meta)
+    (test,) = lines(tmp_path / "out" / "test.jsonl")
+    assert test["candidates"] == [*empty[:5], "", *good]
+    assert test["true_false"] == [False] * 6 + [True] * 6
+    shard_file(tmp_path / "out" / "meta.jsonl", tmp_path / "shards", "meta", 1)
+    assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["num_rejected"] == 0
+
+
+def test_a_question_that_cannot_be_taken_is_rejected_as_a_whole(questions, tmp_path):
+    records = lines(questions)
+    bad = [records[0] | {"question": "<image> <image>"}, records[1] | {"question": None}]
+    changed = write(tmp_path / "out" / "changed.jsonl", [*bad, records[0] | {"id": "q3"}])
+    source = write(
+        tmp_path / "c.jsonl", [{"id": f"q{i}", "response": "Answer: B"} for i in (1, 2, 3)]
+    )
+    for kind in ("meta", "test"):
+        out = tmp_path / "out" / f"{kind}.jsonl"
+        arguments = ["--candidates", str(source), "--kind", kind, "--out", str(out)]
+        main(["candidates", str(changed), *arguments])
+        assert [record["id"] for record in lines(out)] == ["q3"]
+        rejected = lines(out.with_suffix(".rejected.jsonl"))
+        assert [(Path(r["file"]).name, r["line"]) for r in rejected] == [
+            ("changed.jsonl", 1),
+            ("changed.jsonl", 2),
+        ]
+        assert "2 <image> for 1 image" in rejected[0]["reason"]
 
 
 @pytest.mark.parametrize("fields", [{"answer": "?"}, {"answer": None}, {"options": "[1]"}])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamprm_dist.errors import InputError
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation import run
 from dreamprm_dist.evaluation.results import Results, read_results
 from dreamprm_dist.evaluation.run import EvaluateConfig, evaluate
@@ -18,25 +18,31 @@ EVEN, UNEVEN = (0.6, 0.6), (0.9, 0.5)
 
 
 class Reader(Scorer):
-    """Gives each step the score that is its text."""
+    """Gives each step the score that is its text; where one is no number there is no score."""
 
     def __init__(self) -> None:
         pass
 
-    def score_conversations(self, conversations, images) -> list[list[float]]:
-        return [
-            [float(step["value"]) for step, turn in pairwise(turns) if turn["from"] == "gpt"]
-            for turns in conversations
-        ]
+    def score_conversations(self, conversations, images) -> list[list[float] | RecordError]:
+        def score(turns) -> list[float] | RecordError:
+            steps = [step["value"] for step, turn in pairwise(turns) if turn["from"] == "gpt"]
+            try:
+                return list(map(float, steps)) or RecordError("no step")
+            except ValueError:
+                return RecordError(f"{steps[0]!r} is too long")
+
+        return list(map(score, conversations))
 
 
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch):
-    """Runs an evaluation of test and meta records; returns its text and results."""
+    """Runs an evaluation of test and meta records; returns its text and results, if any."""
     monkeypatch.setattr(run, "load_tokenizer", lambda model: None)
     monkeypatch.setattr(EvaluateConfig, "load", lambda *_: Reader())
 
-    def judged(test: list[dict], meta: list[dict] | None = None) -> tuple[str, Results]:
+    def judged(
+        test: list[dict], meta: list[dict] | None = None, **more: object
+    ) -> tuple[str, Results | None]:
         files = {"test_json_file": tmp_path / "test.json", "meta_json_file": tmp_path / "meta.json"}
         for path, records in zip(files.values(), (test, meta or []), strict=True):
             path.write_text(json.dumps(records))
@@ -51,9 +57,10 @@ def judged(tmp_path: Path, monkeypatch):
                 device="cpu",
                 aggregation_function="mean" if meta is None else "meta",
                 **flags,
+                **more,
             )
         )
-        return text, read_results(out / "results.json")
+        return text, read_results(out / "results.json") if out.exists() else None
 
     return judged
 
@@ -120,3 +127,81 @@ def test_a_meta_question_that_cannot_be_scored_ends_it(judged, tmp_path: Path) -
     meta = [record | {"image": "none.png"} for record in meta]
     with pytest.raises(InputError, match=r"meta.json, record 1: prm cannot score .*none.png"):
         judged([test_record(right=UNEVEN, wrong=EVEN)], meta)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_candidate_that_cannot_be_scored_is_not_chosen(judged, tmp_path: Path) -> None:
+    """Neither is it left out: first, random, oracle and self-consistency are what they were."""
+    bad = ["", " \n", "endless\n\nAnswer: A", "[Reasoning]\n", "\u3000"]
+    test = [
+        {"question": "Q", "candidates": [text, "0.1", "0.2"], "true_false": [True, True, False]}
+        for text in bad
+    ]
+    text, results = judged(test)
+    assert (results.num_questions, results.num_candidates) == (5, 15)
+    assert (results.num_rejected, results.num_unscored) == (0, 5)
+    assert set(results.accuracies("prm").values()) == {0}
+    basics = {name: row.accuracy for row in results.table if not row.prm for name in [row.method]}
+    assert (basics["first"], basics["random"], basics["oracle"]) == (1, pytest.approx(2 / 3), 1)
+    by_n = results.by_n
+    # One drawn alone is what there is; of two the right ones win in one pair of three.
+    assert by_n["1"]["prm"] == by_n["1"]["random"] and by_n["2"]["prm"] == pytest.approx(1 / 3)
+    assert "5 candidates could not be scored" in text
+    rows = lines(tmp_path / "out" / "scores.jsonl")
+    assert [row["candidate"] for row in rows] == [0, 1, 2] * 5
+    for row in rows:
+        if row["candidate"]:
+            assert row["error"] is None and row["step_scores"]
+            assert None not in row["aggregates"].values()
+        else:
+            assert row["error"] and row["step_scores"] is None
+            assert set(row["aggregates"].values()) == {None}
+
+
+def test_a_question_of_which_no_candidate_can_be_scored_is_rejected(judged, tmp_path) -> None:
+    none = {"question": "Q", "candidates": ["", "endless"], "true_false": [True, False]}
+    text, results = judged([none, test_record(right=UNEVEN, wrong=EVEN)])
+    assert (results.num_questions, results.num_rejected, results.num_unscored) == (1, 1, 0)
+    (row,) = lines(tmp_path / "out" / "rejected.jsonl")
+    assert row["line"] == 1 and "no candidate can be scored; the first: no step" in row["reason"]
+    assert "could not be scored" not in text
+
+
+@pytest.mark.parametrize(("limit", "questions"), [(0, 3), (1, 1), (2, 1), (3, 2), (9, 3)])
+def test_limit(judged, limit: int, questions: int) -> None:
+    good = test_record(right=UNEVEN, wrong=EVEN)
+    _, results = judged([good, {"id": "bad"}, good, good], limit=limit)
+    assert results.num_questions == questions
+    assert results.num_rejected == (limit != 1)
+
+
+def test_dry_run_says_what_would_be_scored_and_writes_nothing(judged, tmp_path: Path) -> None:
+    good = test_record(right=UNEVEN, wrong=EVEN)
+    test, meta = [good, {"id": "bad"}, good, good], meta_records(EVEN, UNEVEN)
+    text, _ = judged(test, meta, dry_run=True, limit=3)
+    assert (
+        "test.json: 2 questions with 4 candidates, 1 records rejected, the first at line 2" in text
+    )
+    assert "meta.json: 1 questions with 2 candidates" in text and "prm: nowhere" in text
+    assert not (tmp_path / "out").exists()
+
+
+RAW = {"question": "Q", "steps_with_score": []}
+
+
+@pytest.mark.parametrize(
+    ("test", "meta", "says"),
+    [
+        (RAW, None, "at line 1: it is a raw record of VisualPRM400K"),
+        (meta_records(EVEN, UNEVEN)[0], None, "at line 1: it is a training or meta record"),
+        ({"question": "Q"}, None, "at line 1: it is a question without solutions"),
+        (test_record(EVEN, UNEVEN), RAW, "meta.json, record 1: it is a raw record"),
+        (test_record(EVEN, UNEVEN), test_record(EVEN, UNEVEN), "record 1: it is a test record"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(judged, test: dict, meta: dict | None, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        judged([test] * 2, meta and [meta] * 2)

@@ -87,10 +87,11 @@ CASES = {
     "no image": {"images": ()},
     "one solution": {"solutions": SOLUTIONS[:1]},
     "image within the question": {"question": "In <image>, what is it?"},
-    "image within the solutions": {
+    "marks within the solutions": {
         "images": (SMALL,),
-        "solutions": [["See <image>.", "Answer: 3"], ["In <image> is", "an 8", "Answer: 8"]],
+        "solutions": [["See <image>.", "</img>A<|im_end|>"], ["<image><image>", "<IMG_CONTEXT>"]],
     },
+    "marks where no image is": {"images": (), "question": "<image>?", "solutions": [["<image>"]]},
     "nothing in common after the question": {"solutions": [["x"], ["7, 8", "+"]]},
     "over the pair": {"score_over": "pair"},
 }
@@ -170,12 +171,58 @@ def test_vision_tower_and_prefix_run_once(prm, tokenizer) -> None:
 def test_score_that_is_not_a_number(tiny_prm_dir: Path, tokenizer) -> None:
     broken = load_prm(str(tiny_prm_dir), "fp32")
     broken.model.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"candidate 0: .* not a number") as error:
+    with pytest.raises(ValueError, match="a step score is not a number") as error:
         score(broken, tokenizer)
     assert not isinstance(error.value, RecordError)
 
 
-@pytest.mark.parametrize("steps", [[], ["<image> and <image>"], ["<|im_end|>"], ["long "] * 9999])
-def test_solution_that_cannot_be_encoded(prm, tokenizer, steps: list[str]) -> None:
-    with pytest.raises(RecordError, match="candidate 1: "):
-        score(prm, tokenizer, solutions=[["A"], steps])
+BAD = {
+    "no step": ([], "no step to score"),
+    "white space": ([" ", "\n\t", "\u3000"], "no step to score"),
+    "one endless step": (["long " * 9999], "tokens are more than the model's context of 4096"),
+    "endless steps": (["long "] * 9999, "tokens are more than the model's context of 4096"),
+    "endless image marks": (["<IMG_CONTEXT>" * 9999], "are more than the model's context"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_solution_that_cannot_be_scored_costs_the_others_nothing(prm, tokenizer, case) -> None:
+    bad, says = BAD[case]
+    good = score(prm, tokenizer, solutions=SOLUTIONS)
+    found = score(prm, tokenizer, solutions=[SOLUTIONS[0], bad, *SOLUTIONS[1:], bad])
+    assert [*found[:1], *found[2:-1]] == good
+    for error in (found[1], found[-1]):
+        assert isinstance(error, RecordError) and says in str(error)
+    (only,) = score(prm, tokenizer, solutions=[bad])
+    assert isinstance(only, RecordError)
+
+
+def test_the_best_is_chosen_among_those_that_have_scores(prm, tokenizer) -> None:
+    scorer = Scorer(prm, tokenizer, 4)
+    texts = ["", "A", "\u00a0\n\n\u2003", ["B", "C"], "[Reasoning]\n", ["", " "], "D " * 9999]
+    found = scorer.choose(QUESTION, texts, [WIDE], "mean")
+    good = [1, 3]
+    without = scorer.choose(QUESTION, [texts[i] for i in good], [WIDE], "mean")
+    assert found.index == good[without.index]
+    for every, of_good in (
+        (found.scores, without.scores),
+        (found.step_scores, without.step_scores),
+    ):
+        assert [every[i] for i in good] == of_good
+        assert all(every[i] is None for i in range(7) if i not in good)
+    assert [i for i, error in enumerate(found.errors) if error is None] == good
+    assert len(found.steps) == len(found.errors) == 7
+    none = scorer.choose(QUESTION, ["", " "], [WIDE], "mean")
+    assert (none.index, none.scores, none.step_scores) == (None, [None] * 2, [None] * 2)
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [
+        ("<image> or <image>?", "2 <image> for 1 image"),
+        ("long " * 9999, "the question and its images are .* lower max_patch_num, now 4"),
+    ],
+)
+def test_a_question_that_cannot_be_scored(prm, tokenizer, question: str, says: str) -> None:
+    with pytest.raises(RecordError, match=says):
+        score(prm, tokenizer, question=question)

@@ -104,11 +104,6 @@ def test_conversation() -> None:
     ]
 
 
-def test_empty_solution() -> None:
-    with pytest.raises(ValueError, match="no step"):
-        steps_conversation("What is it?", [])
-
-
 # --- the reference's records ---------------------------------------------------------------
 
 # In these the reference's splitter took a number before a full stop or a parenthesis for a list

@@ -16,7 +16,7 @@ from dreamprm_dist.serving.app import create_app
 pytestmark = NEEDS_BROWSER
 
 USE = """
-  $("question").value = "Is the digit even or odd?";
+  $("question").value = "%s";
   const areas = document.querySelectorAll("#candidates textarea");
   areas[0].value = "The digit is 3.\\n\\nAnswer: odd";
   areas[1].value = "Answer: %s";
@@ -35,18 +35,20 @@ def port(tiny_prm_dir: Path, tiny_data_dir: Path) -> Iterator[int]:
     question = json.loads((tiny_data_dir / "test.json").read_text())[0]
     image = base64.b64encode((tiny_data_dir / question["image_path"]).read_bytes()).decode()
 
-    def used(answer: str):
+    def used(asked: str, answer: str = "even"):
         async def page() -> HTMLResponse:
             text = (await playground()).body.decode()
-            return HTMLResponse(probed(text, USE % (answer, f"data:image/png;base64,{image}")))
+            return HTMLResponse(
+                probed(text, USE % (asked, answer, f"data:image/png;base64,{image}"))
+            )
 
         return page
 
     async def frame(path: str, width: int) -> HTMLResponse:
         return HTMLResponse(framed(path, width))
 
-    app.get("/used")(used("even"))
-    app.get("/failed")(used("<|im_end|>"))
+    app.get("/used")(used("Is the digit even or odd?"))
+    app.get("/failed")(used("<image> <image>"))
     app.get("/frame")(frame)
     with served(app) as port:
         yield port
@@ -67,5 +69,5 @@ def test_scores_are_shown_accessibly(
 
 def test_what_is_wrong_is_said(port: int, tmp_path: Path) -> None:
     found = visit(f"http://127.0.0.1:{port}/frame?path=/failed&width=1280", tmp_path)
-    assert "reserved" in found["text"] and "★ chosen" not in found["text"]
+    assert "2 <image> for 1 image" in found["text"] and "★ chosen" not in found["text"]
     assert found["violations"] == []
