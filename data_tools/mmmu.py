@@ -12,13 +12,12 @@ import io
 import os
 import re
 import string
-from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
-import datasets
-import pyarrow.parquet as pq
 from PIL import Image
 
+from data_tools.dataset_files import read_rows
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import IMAGE_FORMATS, decode_image
 from dreamprm_dist.data.schema import (
@@ -32,7 +31,6 @@ from dreamprm_dist.evaluation.grading import grade
 from dreamprm_dist.prm.solutions import split_steps, steps_conversation
 
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
-_BATCH_ROWS = 8  # a row may hold seven images of megabytes
 _MAX_OPTIONS_CHARS = 100_000
 _MMMU_ID = re.compile(r"(?:dev|validation|test)_(\w+)_\d+")  # validation_Art_Theory_12
 _REFERENCE = re.compile(r"<image (\d+)>")
@@ -44,31 +42,32 @@ def write_questions(
     split: str | None = None,
     image_dir: Path | None = None,
     overwrite: bool = False,
+    limit: int | None = None,
 ) -> RecordWriter:
-    """Write the questions of a Parquet file, a folder of them or a `save_to_disk` folder.
+    """Write the questions of a split of a data set, of its first ``limit`` rows.
 
     Images go to ``image_dir`` (by default ``<out>_images`` beside ``out``), named by the hash of
     their bytes; paths in the records start from ``out``'s folder.
 
     Raises:
         FileNotFoundError: no such source, or it holds no data.
-        InputError: it has several splits and ``split`` chooses none of them.
+        InputError: it has several splits and ``split`` chooses none of them, or no question texts.
     """
     image_dir = out.with_name(f"{out.stem}_images") if image_dir is None else image_dir
     prefix = image_prefix(image_dir, out)
-    rows = _rows(source, split)
-    seen: set[str] = set()
+    rows = islice(read_rows(source, split), limit)
+    seen: dict[str, str] = {}
     with RecordWriter(out, overwrite) as writer:
         image_dir.mkdir(parents=True, exist_ok=True)
         for file, line, row in rows:
             try:
                 record = question_record(row, image_dir, prefix)
-                if record["id"] in seen:
-                    raise RecordError("this id came before; candidates are joined by id.")
+                if before := seen.get(record["id"]):
+                    raise RecordError(f"this id came before, in {before}; an id is one question's.")
             except RecordError as error:
                 writer.reject(file, line, row, str(error))
             else:
-                seen.add(record["id"])
+                seen[record["id"]] = file
                 writer.write(record)
     return writer
 
@@ -149,49 +148,6 @@ def _store(data: bytes, image_dir: Path) -> str:
     if not path.exists() or path.stat().st_size != len(data):  # a killed run may have cut it
         path.write_bytes(data)
     return name
-
-
-def _rows(source: Path, split: str | None) -> Iterator[tuple[str, int, dict]]:
-    """(file, row counted from 1, row) in the order of files and rows; images stay encoded."""
-    if (source / "dataset_info.json").is_file() or (source / "dataset_dict.json").is_file():
-        data = datasets.load_from_disk(str(source))
-        if isinstance(data, datasets.DatasetDict):
-            data = data[_chosen(source, split, data)]
-        # The Arrow format gives the stored bytes; the default would decode every image.
-        batches = data.with_format("arrow").iter(batch_size=_BATCH_ROWS)
-        return _numbered(source, batches)
-    if source.is_file():
-        files = [source]
-    else:
-        files = sorted(source.rglob("*.parquet"))
-        if not files:
-            what = "neither Parquet files nor a datasets folder" if source.exists() else "not there"
-            raise FileNotFoundError(f"{source}: {what}.")
-        names = {file.name.removesuffix(".parquet").partition("-")[0] for file in files}
-        chosen = _chosen(source, split, names)
-        files = [f for f in files if f.name.startswith((f"{chosen}-", f"{chosen}.parquet"))]
-    return (
-        row
-        for file in files
-        for row in _numbered(file, pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS))
-    )
-
-
-def _chosen(source: Path, split: str | None, splits: Iterable[str]) -> str:
-    names = sorted(splits)
-    if split is None and len(names) == 1:
-        return names[0]
-    if split is None or split not in names:
-        raise InputError(f"{source}: choose one of its splits with --split: {', '.join(names)}.")
-    return split
-
-
-def _numbered(file: Path, batches: Iterator) -> Iterator[tuple[str, int, dict]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield str(file), number, row
 
 
 def join_candidates(
