@@ -11,17 +11,23 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from data_tools.mmmu import join_candidates, write_questions
 from data_tools.record_files import (
     RecordWriter,
+    add_limit,
     add_output,
+    find_image,
     image_prefix,
+    map_images,
     read_with_progress,
     with_prefix,
+    with_source_id,
 )
 from dreamprm_dist.data.schema import (
     QUESTION_PREFIX,
@@ -79,13 +85,19 @@ def _label(step: dict, index: int, threshold: float) -> str | None:
 
 
 def checked_training(record: dict) -> dict:
-    """A training record with nothing but its own keys; RecordError as `parse_training_record`."""
+    """A training record with nothing but its own keys; RecordError as `parse_training_record`.
+
+    ``question_orig``, the question without the instructions that VisualPRM put around it, stays
+    beside the conversation: `data_tools.decontaminate` compares it.
+    """
     parsed = parse_training_record(record)
     result = {"id": -1 if record.get("id") is None else record["id"]}
     if parsed.images:
         result["image"] = parsed.images if len(parsed.images) > 1 else parsed.images[0]
     if parsed.dataset:
         result["dataset"] = parsed.dataset
+    if isinstance(original := record.get("question_orig"), str):
+        result["question_orig"] = original
     return {**result, "conversations": parsed.conversations}
 
 
@@ -99,6 +111,28 @@ def checked_meta(record: dict) -> dict:
     }
 
 
+class Converted(NamedTuple):
+    """What became of the records, for whoever ran the command.
+
+    Attributes:
+        writer: with the counts of records written and rejected.
+        num_unlabelled: training records of which no step has a label.
+        num_found: images that the rules of VisualPRM400K's archive found, by `ARCHIVE_RULES`.
+    """
+
+    writer: RecordWriter
+    num_unlabelled: int
+    num_found: Counter[int]
+
+    def summary(self) -> str:
+        parts = [self.writer.summary()]
+        if self.num_unlabelled:
+            parts.append(f"{self.num_unlabelled} without any label, of no use to training")
+        names = ("images/… for VisualPRM400K…/…", "images/nlvr2/images/… for images/…")
+        parts += [f"{self.num_found[i]} images found at {names[i]}" for i in sorted(self.num_found)]
+        return ", ".join(parts)
+
+
 def convert_files(
     inputs: list[Path],
     out: Path,
@@ -108,16 +142,19 @@ def convert_files(
     image_root: Path | None = None,
     check_images: bool = True,
     overwrite: bool = False,
-) -> RecordWriter:
+    limit: int | None = None,
+) -> Converted:
     """Convert every record of ``inputs`` into the JSONL file ``out``, in order.
 
     Image paths start from ``image_root``, by default each input's own folder; they are written so
     that they start from ``out``'s folder, which is where `data_tools.shard` looks by default. The
-    path in the record stays whole. An image that is not there rejects its record.
+    path in the record stays whole, unless the image lies where VisualPRM400K's archive has it
+    (`find_image`). An image that is not there rejects its record.
 
     Args:
         convert: from a record to a training or meta record; it raises RecordError.
         name_dataset: a record without a ``dataset`` gets its file's name, less the extension.
+        limit: the most records to read of each input.
 
     Raises:
         FileNotFoundError: an input is missing.
@@ -128,30 +165,40 @@ def convert_files(
         raise InputError(f"several inputs are named {min(twice)}; a data set needs its own name.")
     if any(path.resolve() == out.resolve() for path in inputs):
         raise InputError(f"{out}: this would overwrite an input; choose another name.")
+    num_unlabelled = 0
+    num_found: Counter[int] = Counter()
     with RecordWriter(out, overwrite) as writer:
         for path in inputs:
             root = path.parent if image_root is None else image_root
             prefix = image_prefix(root, out)
-            for line, raw in read_with_progress(path):
+            for line, raw in read_with_progress(path, limit):
                 try:
                     record = require_object(raw)
                     if name_dataset and not record.get("dataset"):
                         record["dataset"] = path.stem
                     converted = convert(record)
-                    if check_images:
-                        _require_images(converted, root)
+                    rules: list[int] = []
+                    converted = map_images(converted, partial(_found, root, check_images, rules))
                 except RecordError as error:
                     writer.reject(path, line, raw, str(error))
                 else:
+                    converted = with_source_id(converted, path, line)
                     writer.write(with_prefix(converted, prefix))
-    return writer
+                    num_found.update(rules)
+                    num_unlabelled += "true_false" not in converted and not any(
+                        turn["from"] == "gpt" and turn["value"]
+                        for turn in converted["conversations"]
+                    )
+    return Converted(writer, num_unlabelled, num_found)
 
 
-def _require_images(record: dict, root: Path) -> None:
-    image = record.get("image", [])
-    for path in [image] if isinstance(image, str) else image:
-        if not os.path.isfile(root / path):
-            raise RecordError(f"image {path!r}: not in {root}; correct the path or --image_root.")
+def _found(root: Path, check: bool, rules: list[int], image: str) -> str:
+    path, rule = find_image(image, root)
+    if rule is not None:
+        rules.append(rule)
+    elif check and not os.path.isfile(root / path):
+        raise RecordError(f"image {image!r}: not in {root}; correct the path or --image_root.")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take records whose image is not there (sharding rejects them)",
     )
+    add_limit(images)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -194,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     mmmu = command("mmmu", "MMMU or MMMU-Pro, Parquet or a datasets folder, to questions")
     mmmu.add_argument("source", type=Path, help="a Parquet file, a folder of them, or save_to_disk")
     mmmu.add_argument("--split", help="validation, test, …; needed when the folder has several")
+    add_limit(mmmu)
     mmmu.add_argument(
         "--image_dir", type=Path, help="folder for the images (default: <out>_images)"
     )
@@ -212,13 +261,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
     args = _parser().parse_args(argv)
-    num_unparsed = 0
     if args.command == "mmmu":
-        writer = write_questions(args.source, args.out, args.split, args.image_dir, args.overwrite)
+        writer = write_questions(
+            args.source, args.out, args.split, args.image_dir, args.overwrite, args.limit
+        )
+        print(writer.summary())
     elif args.command == "candidates":
         writer, num_unparsed = join_candidates(
             args.questions, args.candidates, args.out, args.kind, args.overwrite
         )
+        unparsed = f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else ""
+        print(writer.summary() + unparsed)
     else:
         convert: Callable[[dict], dict] = checked_training
         if args.command == "raw":
@@ -229,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         elif args.command == "reference" and args.kind == "meta":
             convert = checked_meta
-        writer = convert_files(
+        converted = convert_files(
             args.inputs,
             args.out,
             convert,
@@ -237,9 +290,9 @@ def main(argv: list[str] | None = None) -> None:
             image_root=args.image_root,
             check_images=not args.no_image_check,
             overwrite=args.overwrite,
+            limit=args.limit,
         )
-    unparsed = f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else ""
-    print(writer.summary() + unparsed)
+        print(converted.summary())
 
 
 if __name__ == "__main__":

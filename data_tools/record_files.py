@@ -1,4 +1,4 @@
-"""Records out: JSONL with its rejections beside it, and image paths that start from its folder."""
+"""Records in and out: their ids and image paths, and JSONL with its rejections beside it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
+from dreamprm_dist.data.question_key import NO_ID
 from dreamprm_dist.data.schema import read_json_records
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.files import whole_file
+
+# Where the archive of VisualPRM400K has an image, after what its annotations say.
+ARCHIVE_RULES = (
+    (re.compile(r"VisualPRM400K[^/]*/(?=.)"), "images/"),
+    (re.compile(r"images/(?=.)"), "images/nlvr2/images/"),
+)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +33,60 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def read_with_progress(path: Path) -> Iterable[tuple[int, dict | RecordError]]:
-    """As `read_json_records`, with a progress bar on a terminal."""
-    return tqdm(read_json_records(path), desc=path.name, unit="rec", disable=None)
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of a command that may read a part of its input, to try it."""
+
+    def positive(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise ValueError
+        return value
+
+    parser.add_argument(
+        "--limit", type=positive, help="read the first so many records of each input (default: all)"
+    )
+
+
+def read_with_progress(
+    path: Path, limit: int | None = None
+) -> Iterable[tuple[int, dict | RecordError]]:
+    """As `read_json_records`, with a progress bar on a terminal; at most ``limit`` records."""
+    records = islice(read_json_records(path), limit)
+    return tqdm(records, desc=path.name, unit="rec", total=limit, disable=None)
+
+
+def with_source_id(record: dict, file: str | Path, line: int) -> dict:
+    """A training record with an id: where it is missing or -1, ``<file name>:<line>``.
+
+    What is no training record stays as it is: meta records without an id belong together by image
+    and question (`question_key`).
+    """
+    is_training = "true_false" not in record and {"conversations", "steps_with_score"} & set(record)
+    if is_training and (record.get("id") is None or str(record["id"]) in NO_ID):
+        return record | {"id": f"{Path(file).name}:{line}"}
+    return record
+
+
+def find_image(path: str, root: Path) -> tuple[str, int | None]:
+    """Where an image lies under ``root``, and the number of the archive's rule that found it.
+
+    The path as it is written comes first, and is what is returned when nothing is there.
+    """
+    if not os.path.isfile(root / path):
+        for number, (pattern, by) in enumerate(ARCHIVE_RULES):
+            if (match := pattern.match(path)) and os.path.isfile(root / (by + path[match.end() :])):
+                return by + path[match.end() :], number
+    return path, None
+
+
+def map_images(record: dict, move: Callable[[str], str]) -> dict:
+    """The record with every image path replaced by what ``move`` makes of it."""
+
+    def moved(image: object) -> object:
+        if isinstance(image, list):
+            return [moved(path) for path in image]
+        return move(image) if isinstance(image, str) and image else image
+
+    return record | {key: moved(record[key]) for key in ("image", "image_path") if key in record}
 
 
 def image_prefix(root: Path, out: Path) -> str:
@@ -35,13 +96,9 @@ def image_prefix(root: Path, out: Path) -> str:
 
 def with_prefix(record: dict, prefix: str) -> dict:
     """The record with the prefix before its relative image paths, which stay whole after it."""
-
-    def moved(image: str | list | None) -> str | list | None:
-        if isinstance(image, list):
-            return [moved(path) for path in image]
-        return os.path.join(prefix, image) if image and prefix != os.curdir else image
-
-    return record | {key: moved(record[key]) for key in ("image", "image_path") if key in record}
+    if prefix == os.curdir:
+        return record
+    return map_images(record, partial(os.path.join, prefix))
 
 
 class RecordWriter:
@@ -87,7 +144,9 @@ class RecordWriter:
 
     def reject(self, file: str | Path, line: int, record: object, reason: str) -> None:
         """Note that a record was not taken: its file, line, id and the reason."""
-        source_id = record.get("id") if isinstance(record, dict) else None
+        source_id = None
+        if isinstance(record, dict):
+            source_id = with_source_id(record, file, line).get("id")
         entry = {
             "file": str(file),
             "line": line,

@@ -124,7 +124,10 @@ def test_a_file_a_data_set_and_paths_that_sharding_finds(tmp_path):
     main(["raw", str(geo), str(chart), "--out", str(out)])
     written = lines(out)
     assert [record["dataset"] for record in written] == ["geo"] * 3 + ["chart"] * 2
-    assert [record["id"] for record in written] == [-1] * 5
+    assert [record["id"] for record in written] == [
+        *(f"geo.jsonl:{line}" for line in (1, 2, 3)),
+        *(f"chart.jsonl:{line}" for line in (1, 2)),
+    ]
     assert written[0]["image"] == "../../in/geo_images/0.png"
     assert written[2]["image"] == str(absolute)
     assert "image" not in written[3]
@@ -182,7 +185,8 @@ def test_conversations_with_bom_crlf_repeated_ids_and_garbage(tmp_path, monkeypa
     out = tmp_path / "train.jsonl"
     main(["conversations", str(source), "--out", str(out)])
     written = lines(out)
-    assert [record["id"] for record in written] == [-1, -1, "x", "x", -1, -1]
+    named = [f"mavis.jsonl:{line}" for line in (1, 2, 5, 14)]
+    assert [record["id"] for record in written] == [*named[:2], "x", "x", *named[2:]]
     assert {record["dataset"] for record in written} == {"mavis"}
     assert all(record["conversations"] == turns("+", None, "-") for record in written)
     rejected = lines(tmp_path / "train.rejected.jsonl")
@@ -282,6 +286,13 @@ def test_mmmu_questions_from_parquet(questions, tmp_path):
     assert [(entry["line"], entry["id"]) for entry in rejected] == [(3, "q3"), (4, "q4"), (5, "q1")]
     for entry, reason in zip(rejected, ("<image 2>", "Python list", "came before"), strict=True):
         assert reason in entry["reason"]
+
+
+def test_the_first_rows_only(questions, tmp_path):
+    out = questions.with_name("first.jsonl")
+    main(["mmmu", str(tmp_path / "mmmu"), "--out", str(out), "--limit", "1"])
+    assert [record["id"] for record in lines(out)] == ["q1"]
+    assert lines(out.with_suffix(".rejected.jsonl")) == []
 
 
 def test_a_datasets_folder_gives_the_same_as_parquet(questions, tmp_path):

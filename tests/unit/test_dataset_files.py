@@ -135,5 +135,5 @@ def test_a_config_without_question_texts(tmp_path, columns, message):
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n" * 3])
 def test_a_file_that_is_no_parquet_file(tmp_path, content):
     (tmp_path / "test.parquet").write_bytes(content)
-    with pytest.raises(InputError, match="test.parquet: no Parquet file; download it again"):
+    with pytest.raises(InputError, match=r"test\.parquet: no Parquet file; download it again"):
         read_rows(tmp_path, None)
