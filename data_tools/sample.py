@@ -12,31 +12,43 @@ import argparse
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
-from data_tools.record_files import RecordWriter, add_output, image_prefix, with_prefix
+from data_tools.record_files import (
+    RecordWriter,
+    add_output,
+    image_prefix,
+    read_with_progress,
+    with_prefix,
+    with_source_id,
+)
 from dreamprm_dist.data.schema import read_json_records, require_object
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
 
 BALANCES = ("final", "steps", "none")
+NO_LABEL = "no step has a label to balance by."
+NO_FINAL_LABEL = "every label is + and the last step has none; --balance steps takes it as +."
 
 
 def label_class(record: dict, balance: str) -> str | None:
     """The class of a record, ``+`` or ``-``; None when it has no label to tell by.
 
-    ``final``: by ``true_false`` where there is one, else by the last step. ``steps``: ``-`` when
-    any step is ``-``, ``+`` when none is and some step is labelled. ``none``: always ``+``.
+    ``final``: by ``true_false`` where there is one, else by the last step; where no roll-out
+    visited that, ``-`` when any step is ``-``: VisualPRM visits nothing after a wrong step.
+    ``steps``: ``-`` when any step is ``-``, ``+`` when none is and some step is labelled.
+    ``none``: always ``+``.
     """
     if balance == "none":
         return "+"
     if balance == "final" and isinstance(record.get("true_false"), bool):
         return "+" if record["true_false"] else "-"
     labels = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
-    if balance == "final":
-        return labels[-1] if labels else None
+    if balance == "final" and labels and labels[-1]:
+        return labels[-1]
     if "-" in labels:
         return "-"
-    return "+" if "+" in labels else None
+    return "+" if balance == "steps" and "+" in labels else None
 
 
 def allocate(n: int, sizes: dict[str, int], available: dict[str, int]) -> dict[str, int]:
@@ -59,6 +71,31 @@ def allocate(n: int, sizes: dict[str, int], available: dict[str, int]) -> dict[s
     return quotas
 
 
+class Sample(NamedTuple):
+    """What was counted and drawn.
+
+    Attributes:
+        available, drawn: for each data set, how many records of each class there are and were
+            drawn.
+        left_out: how many records were not counted, for each reason.
+        writer: of the sample.
+    """
+
+    available: dict[str, Counter[str]]
+    drawn: dict[str, Counter[str]]
+    left_out: Counter[str]
+    writer: RecordWriter
+
+    def summary(self) -> str:
+        """A line for each data set, each reason and the sample."""
+        lines = []
+        for name, available in sorted(self.available.items()):
+            classes = [f"{self.drawn[name][k]} of {available[k]} {k}" for k in sorted(available)]
+            lines.append(f"{name or '(no data set)'}: {', '.join(classes)}")
+        lines += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
+        return "\n".join([*lines, self.writer.summary("records", "left out")])
+
+
 def sample_file(
     source: str | Path,
     out: str | Path,
@@ -67,14 +104,11 @@ def sample_file(
     seed: int = 1,
     balance: str = "final",
     overwrite: bool = False,
-) -> dict[str, dict[str, int]]:
+) -> Sample:
     """Write n records of ``source`` to ``out``: half ``+`` and half ``-``, the odd one ``+``.
 
     Each half is spread over the data sets in proportion to their sizes. Records that cannot be read
     or have no label to balance by are listed in ``<out>.rejected.jsonl``.
-
-    Returns:
-        For each data set, how many of each class were drawn.
 
     Raises:
         FileNotFoundError: no such source.
@@ -87,23 +121,30 @@ def sample_file(
         raise InputError(f"{out}: this would overwrite the input; choose another name.")
     prefix = image_prefix(source.parent, out)
     strata: dict[str, dict[str, list[int]]] = {"+": defaultdict(list), "-": defaultdict(list)}
+    left_out: Counter[str] = Counter()
     with RecordWriter(out, overwrite) as writer:
-        for line, raw in read_json_records(source):
+        for line, raw in read_with_progress(source):
             try:
                 dataset, label = _facts(require_object(raw), balance)
             except RecordError as error:
                 writer.reject(source, line, raw, str(error))
+                known = str(error) in (NO_LABEL, NO_FINAL_LABEL)
+                left_out[str(error) if known else "cannot be read."] += 1
             else:
                 strata[label][dataset].append(line)
         chosen = _choose(strata, n, seed, balance)
         for line, record in read_json_records(source):
             if line in chosen:
                 assert isinstance(record, dict), f"{source} changed while it was read"
-                writer.write(with_prefix(record, prefix))
-    drawn: dict[str, dict[str, int]] = {}
-    for dataset, label in chosen.values():
-        drawn.setdefault(dataset, Counter())[label] += 1
-    return {name: dict(drawn[name]) for name in sorted(drawn)}
+                writer.write(with_prefix(with_source_id(record, source, line), prefix))
+    available: dict[str, Counter[str]] = defaultdict(Counter)
+    drawn: dict[str, Counter[str]] = defaultdict(Counter)
+    for label, sets in strata.items():
+        for name, lines in sets.items():
+            available[name][label] = len(lines)
+    for name, label in chosen.values():
+        drawn[name][label] += 1
+    return Sample(available, drawn, left_out, writer)
 
 
 def _facts(record: dict, balance: str) -> tuple[str, str]:
@@ -114,8 +155,10 @@ def _facts(record: dict, balance: str) -> tuple[str, str]:
         raise RecordError("'conversations' is no list of turns; convert the file first.") from error
     if not isinstance(dataset, str):
         raise RecordError("'dataset' must be text.")
+    if label is None and label_class(record, "steps"):
+        raise RecordError(NO_FINAL_LABEL)
     if label not in ("+", "-"):
-        raise RecordError(f"no label to balance by ({balance}).")
+        raise RecordError(NO_LABEL)
     return dataset, label
 
 
@@ -159,12 +202,12 @@ def main(argv: list[str] | None = None) -> None:
         "--balance",
         choices=BALANCES,
         default="final",
-        help="what makes a record negative: its final label, any - step, or nothing (default: "
-        "final)",
+        help="what makes a record negative: its final label (a - before it where no roll-out came "
+        "so far), any - step, or nothing (default: final)",
     )
     add_output(parser)
     args = parser.parse_args(argv)
-    drawn = sample_file(
+    sample = sample_file(
         args.source,
         args.out,
         args.n,
@@ -172,9 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         balance=args.balance,
         overwrite=args.overwrite,
     )
-    for name, counts in drawn.items():
-        print(f"{name or '(no data set)'}: " + ", ".join(f"{c} {k}" for k, c in counts.items()))
-    print(f"{args.out}: {args.n} records")
+    print(sample.summary())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def count(path):
 
 def test_halves_in_proportion_to_the_data_sets(source, tmp_path):
     out = tmp_path / "out.jsonl"
-    drawn = sample_file(source, out, 88)
+    drawn = sample_file(source, out, 88).drawn
     # 44 of each class over 300 : 100 : 40; c has no negative, so its 4 go to a and b, 3 : 1.
     assert count(out) == {
         ("a", "+"): 30,
@@ -61,7 +61,7 @@ def test_balance_by_steps_and_without_balance(source, tmp_path):
     sample_file(source, tmp_path / "steps.jsonl", 101, balance="steps")
     negative = sum("-" in json.dumps(r["conversations"]) for r in lines(tmp_path / "steps.jsonl"))
     assert negative == 50  # the odd one is positive
-    drawn = sample_file(source, tmp_path / "none.jsonl", 440, balance="none")
+    drawn = sample_file(source, tmp_path / "none.jsonl", 440, balance="none").drawn
     assert {name: sum(counts.values()) for name, counts in drawn.items()} == {
         "a": 300,
         "b": 100,
@@ -76,7 +76,12 @@ def test_balance_by_steps_and_without_balance(source, tmp_path):
         ("-+", {}, "+", "-"),
         ("++", {}, "+", "+"),
         (["+", None], {}, None, "+"),
-        ([None, "-", None], {}, None, "-"),
+        (["+", "-", None, None], {}, "-", "-"),
+        ([None, "-", None], {}, "-", "-"),
+        (["-", None], {}, "-", "-"),
+        (["-", None, "+"], {}, "+", "-"),
+        (["+", None, "-", None], {"true_false": True}, "+", "-"),
+        ([None, None, "+"], {}, "+", "+"),
         ([None], {}, None, None),
         ("++", {"true_false": False}, "-", "+"),
     ],
@@ -105,6 +110,36 @@ def test_what_cannot_be_balanced_is_listed(tmp_path):
     sample_file(source, tmp_path / "out.jsonl", 2)
     assert [r["id"] for r in lines(tmp_path / "out.jsonl")] == [0, 1]
     assert [r["line"] for r in lines(tmp_path / "out.rejected.jsonl")] == [3, 4, 5, 6]
+
+
+def test_wrong_solutions_that_end_unvisited_are_the_negative_half(tmp_path, capsys):
+    """As VisualPRM's are: nothing was rolled out after the first wrong step."""
+    wrong = [["-", None], ["+", "-", None], ["+", "+", "-", None, None], ["-", None, None], "+-"]
+    other = ["+", "++", "+++", "++++", "+++++", [None], [None, None], ["+", None]]
+    records = [record(-1, labels, "a") for labels in [*wrong, *other]]
+    source = write(tmp_path / "in.jsonl", [*records, record(-1, "+", "b"), {"id": 3}])
+    out = tmp_path / "out.jsonl"
+    main([str(source), "--n", "10", "--out", str(out)])
+    drawn = lines(out)
+    assert sum("-" in json.dumps([t["value"] for t in r["conversations"]]) for r in drawn) == 5
+    assert {f"in.jsonl:{line}" for line in range(1, 6)} < {r["id"] for r in drawn}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("a: ") and printed[0].endswith("of 5 +, 5 of 5 -")
+    assert printed[1].endswith("of 1 +")
+    assert printed[2:] == [
+        "2 left out: no step has a label to balance by.",
+        "1 left out: every label is + and the last step has none; --balance steps takes it as +.",
+        "1 left out: cannot be read.",
+        f"{out}: 10 records, 4 left out (see {tmp_path / 'out.rejected.jsonl'})",
+    ]
+    rejected = lines(tmp_path / "out.rejected.jsonl")
+    assert [r["id"] for r in rejected] == [*(f"in.jsonl:{line}" for line in (11, 12, 13)), 3]
+
+
+def test_meta_records_keep_their_missing_ids(tmp_path):
+    records = [record(-1, [None], true_false=right) for right in (True, False)]
+    sample_file(write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl", 2)
+    assert lines(tmp_path / "out.jsonl") == records
 
 
 def test_image_paths_follow_the_sample_to_its_folder(tmp_path):
