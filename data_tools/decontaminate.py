@@ -3,16 +3,16 @@
     python -m data_tools.decontaminate train.jsonl --against meta.jsonl test.jsonl --out clean.jsonl
 
 A record touches another when it shares an image (equal bytes), when its image looks the same
-(perceptual hash) or when it asks the same question (text without case, punctuation and image
-marks). Removed records are listed in ``<out>.rejected.jsonl`` with every reason.
+(perceptual hash) or when it asks the same question (`data_tools.question_text`). Removed records
+are listed in ``<out>.rejected.jsonl`` with every reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import re
-import unicodedata
+import sys
+from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,17 +20,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data_tools.convert import convert_raw
+from data_tools.question_text import QuestionIndex
 from data_tools.record_files import (
     RecordWriter,
+    add_limit,
     add_output,
+    find_image,
     image_prefix,
+    map_images,
     read_with_progress,
     with_prefix,
+    with_source_id,
 )
 from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
-    QUESTION_PREFIX,
-    SOLUTION_MARK,
     parse_test_record,
     parse_training_record,
     read_json_records,
@@ -40,11 +44,11 @@ from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
 
 CHECKS = ("image", "lookalike", "question")
+UNREADABLE = "unreadable"
 HASH_SIDE = 16  # 256 bits
 # Bits of 256: re-encoded, resized copies of line drawings differ in up to about 20, a drawing with
 # one corner moved by 3 % in 36 and more, unrelated ones in 80 to 150.
 MAX_DISTANCE = 24
-_IMAGE_MARK = re.compile(r"<image(?: \d+)?>")
 _FLAT = 2.0  # grey levels; below it a picture shows nothing that a hash could tell apart
 
 
@@ -58,16 +62,6 @@ class Fingerprint(NamedTuple):
 
     digest: bytes
     lookalike: np.ndarray | None
-
-
-def normalised_question(text: str) -> str:
-    """A question's letters and digits in lower case, words apart by one space.
-
-    Markup of the chat format, image marks and a leading ``Question:`` do not count.
-    """
-    text = text.partition(SOLUTION_MARK)[0].strip().removeprefix(QUESTION_PREFIX.strip())
-    text = unicodedata.normalize("NFKC", _IMAGE_MARK.sub(" ", text)).casefold()
-    return " ".join(re.findall(r"[^\W_]+", text.strip().removeprefix("question:")))
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray | None:
@@ -102,7 +96,7 @@ class Protected:
 
     def __init__(self, max_distance: int = MAX_DISTANCE) -> None:
         self.max_distance = max_distance
-        self._questions: dict[str, str] = {}
+        self._questions = QuestionIndex()
         self._digests: dict[bytes, str] = {}
         self._hashes: list[np.ndarray] = []
         self._places: list[str] = []
@@ -117,11 +111,12 @@ class Protected:
         for line, raw in read_json_records(path):
             where = f"{path}, line {line}"
             try:
-                question, images = _question_and_images(require_object(raw))
-                prints = [_fingerprint(str(root / image), image) for image in images]
+                questions, images = _questions_and_images(require_object(raw))
+                paths = [find_image(image, root)[0] for image in images]
+                prints = [_fingerprint(str(root / path), path) for path in paths]
             except RecordError as error:
                 raise InputError(f"{where}: {error}") from error
-            self._questions.setdefault(normalised_question(question), where)
+            self._questions.add(questions[-1], where)
             for image in prints:
                 if image.digest not in self._digests:
                     self._digests[image.digest] = where
@@ -130,10 +125,9 @@ class Protected:
                         self._places.append(where)
         self._table = np.array(self._hashes, dtype=np.uint8).reshape(-1, HASH_SIDE**2 // 8)
 
-    def same_question(self, text: str) -> str | None:
-        """The place of the protected question; None for another one, or one without words."""
-        question = normalised_question(text)
-        return self._questions.get(question) if question else None
+    def same_question(self, texts: list[str]) -> str | None:
+        """The place of the protected question that one of a record's texts asks."""
+        return self._questions.find(texts)
 
     def same_image(self, image: Fingerprint) -> str | None:
         """The place of the protected image of these bytes."""
@@ -150,14 +144,51 @@ class Protected:
         return f"{self._places[nearest]} ({distances[nearest]} of {HASH_SIDE**2} bits differ)"
 
 
-def _question_and_images(record: dict) -> tuple[str, list[str]]:
+def _questions_and_images(record: dict) -> tuple[list[str], list[str]]:
+    """The texts that hold a record's question, the barest one last, and its image paths."""
+    if "steps_with_score" in record:  # raw VisualPRM
+        record = convert_raw(record)
     if "conversations" not in record:
         # A question record, which has no candidates yet, will do as well.
         test = parse_test_record({"candidates": [""], "true_false": [False], **record})
-        return test.question, test.images
+        return [test.question], test.images
     parsed = parse_training_record(record)
     human = next(turn["value"] for turn in parsed.conversations if turn["from"] == "human")
-    return human, parsed.images
+    original = record.get("question_orig")
+    return [human, *([original] if isinstance(original, str) else [])], parsed.images
+
+
+class Removals(NamedTuple):
+    """What was removed, for whoever ran the command.
+
+    Attributes:
+        writer: with the counts of records kept and removed.
+        num_records: of each data set, "" for those that name none.
+        reasons: for each data set, how many records each check removed, and how many "any" did.
+    """
+
+    writer: RecordWriter
+    num_records: Counter[str]
+    reasons: dict[str, Counter[str]]
+
+    def summary(self) -> str:
+        """A line for all, and one for each data set that lost records."""
+        lines = [self.writer.summary("records kept", "removed")]
+        for name, reasons in sorted(self.reasons.items()):
+            counts = ", ".join(f"{reasons[r]} {r}" for r in (*CHECKS, UNREADABLE) if reasons[r])
+            removed = f"{reasons['any']} of {self.num_records[name]} removed"
+            lines.append(f"{name or '(no data set)'}: {removed} ({counts})")
+        return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """A sentence for each data set of which more than half is gone."""
+        return [
+            f"warning: more than half of {name or 'the records without a data set'} is removed; "
+            "short questions repeat by chance: see the reasons, and whether --checks image "
+            "lookalike is enough."
+            for name, reasons in sorted(self.reasons.items())
+            if 2 * reasons["any"] > self.num_records[name]
+        ]
 
 
 def decontaminate_file(
@@ -170,8 +201,9 @@ def decontaminate_file(
     checks: tuple[str, ...] = CHECKS,
     max_distance: int = MAX_DISTANCE,
     overwrite: bool = False,
-) -> RecordWriter:
-    """Write the records of ``source`` that touch no record of ``against``.
+    limit: int | None = None,
+) -> Removals:
+    """Write the records of ``source``, or its first ``limit``, that touch no record of ``against``.
 
     The others, and those that cannot be read or compared, are listed in ``<out>.rejected.jsonl``.
     Image paths start from ``image_root`` (by default ``source``'s folder) and are rewritten so
@@ -187,30 +219,43 @@ def decontaminate_file(
     protected = Protected(max_distance)
     root = source.parent if image_root is None else image_root
     prefix = image_prefix(root, out)
+    num_records: Counter[str] = Counter()
+    removed: dict[str, Counter[str]] = defaultdict(Counter)
     with RecordWriter(out, overwrite) as writer:
         for path in against:
             protected.add_file(path, against_image_root)
-        for line, raw in read_with_progress(source):
+        for line, raw in read_with_progress(source, limit):
+            dataset = str(raw.get("dataset") or "") if isinstance(raw, dict) else ""
+            num_records[dataset] += 1
             try:
-                record = require_object(raw)
-                question, images = _question_and_images(record)
-                reasons = []
-                if "question" in checks and (place := protected.same_question(question)):
-                    reasons.append(f"same question as {place}")
-                needed = images if {"image", "lookalike"} & set(checks) else []
-                for image in needed:
-                    fingerprint = _fingerprint(str(root / image), image)
-                    if "image" in checks and (place := protected.same_image(fingerprint)):
-                        reasons.append(f"image {image!r} is that of {place}")
-                    elif "lookalike" in checks and (place := protected.lookalike(fingerprint)):
-                        reasons.append(f"image {image!r} looks like that of {place}")
-                if reasons:
-                    raise RecordError("; ".join(reasons))
+                record = map_images(require_object(raw), lambda path: find_image(path, root)[0])
+                reasons = _reasons(record, root, protected, checks)
             except RecordError as error:
-                writer.reject(source, line, raw, str(error))
+                reasons = {UNREADABLE: [str(error)]}
+            if reasons:
+                texts = [text for found in reasons.values() for text in found]
+                writer.reject(source, line, raw, "; ".join(texts))
+                removed[dataset].update(["any", *reasons])
             else:
-                writer.write(with_prefix(record, prefix))
-    return writer
+                writer.write(with_prefix(with_source_id(record, source, line), prefix))
+    return Removals(writer, num_records, removed)
+
+
+def _reasons(
+    record: dict, root: Path, protected: Protected, checks: tuple[str, ...]
+) -> dict[str, list[str]]:
+    """From each check that finds something to what it found; RecordError if it cannot be read."""
+    questions, images = _questions_and_images(record)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    if "question" in checks and (place := protected.same_question(questions)):
+        reasons["question"].append(f"same question as {place}")
+    for image in images if {"image", "lookalike"} & set(checks) else []:
+        fingerprint = _fingerprint(str(root / image), image)
+        if "image" in checks and (place := protected.same_image(fingerprint)):
+            reasons["image"].append(f"image {image!r} is that of {place}")
+        elif "lookalike" in checks and (place := protected.lookalike(fingerprint)):
+            reasons["lookalike"].append(f"image {image!r} looks like that of {place}")
+    return reasons
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,9 +281,10 @@ def main(argv: list[str] | None = None) -> None:
         default=MAX_DISTANCE,
         help=f"most bits of {HASH_SIDE**2} that differ in a lookalike (default: {MAX_DISTANCE})",
     )
+    add_limit(parser)
     add_output(parser)
     args = parser.parse_args(argv)
-    writer = decontaminate_file(
+    removals = decontaminate_file(
         args.source,
         args.against,
         args.out,
@@ -247,8 +293,11 @@ def main(argv: list[str] | None = None) -> None:
         checks=tuple(args.checks),
         max_distance=args.max_distance,
         overwrite=args.overwrite,
+        limit=args.limit,
     )
-    print(writer.summary("records kept", "removed"))
+    print(removals.summary())
+    for warning in removals.warnings():
+        print(warning, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 from json_lines import lines, write
 from PIL import Image, ImageDraw
 
-from data_tools.decontaminate import MAX_DISTANCE, main, normalised_question, perceptual_hash
+from data_tools.convert import main as convert_main
+from data_tools.decontaminate import MAX_DISTANCE, main, perceptual_hash
 from data_tools.shard import shard_file
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.errors import InputError
@@ -117,7 +118,11 @@ def test_the_command_has_two_names(files, tmp_path, name):
     command = [sys.executable, "-m", f"data_tools.{name}", train, "--against", test, "--out"]
     done = subprocess.run([*command, str(out)], capture_output=True, text=True, check=True)
     rejected = out.with_suffix(".rejected.jsonl")
-    assert done.stdout == f"{out}: 3 records kept, 5 removed (see {rejected})\n"
+    assert done.stdout.splitlines() == [
+        f"{out}: 3 records kept, 5 removed (see {rejected})",
+        "(no data set): 5 of 8 removed (2 image, 1 lookalike, 2 question, 1 unreadable)",
+    ]
+    assert "warning: more than half of the records without a data set is removed" in done.stderr
     # What cannot be used is one sentence and exit code 2.
     done = subprocess.run([*command, str(out)], capture_output=True, text=True)
     assert done.returncode == 2
@@ -134,24 +139,99 @@ def test_what_cannot_be_protected_is_an_error(files, tmp_path):
     assert not (tmp_path / "clean.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "### Question:\nQuestion: <image 1> What’s  the\nＡrea?",
-        "what s the area",
-        "<image>WHAT'S THE AREA...\n\n### Solution Process:\nFirst",
-    ],
-)
-def test_normalised_questions(text):
-    assert normalised_question(text) == "what s the area"
-
-
 def test_questions_without_words_are_not_the_same(tmp_path):
     train = write(tmp_path / "train.jsonl", [training("a", "<image>?", "x.png")])
     Image.new("RGB", (20, 20), "white").save(tmp_path / "x.png")
     Image.new("RGB", (30, 20), "white").save(tmp_path / "y.png")
     test = write(tmp_path / "test.jsonl", [{"question": "<image>!", "image_path": "y.png"}])
     assert run((train, test), tmp_path / "out.jsonl") == (["a"], {})
+
+
+QUESTION = "How many of the apples that lie in the left basket are red and have a leaf?"
+PROMPT = "<image>\nYour task is to answer. Reason first.\n\nQuestion:\n\n{}"
+
+
+def raw(question, **fields):
+    step = {"step": "It is so.", "score": 0.5, "num_mc_correct": 8, "num_mc_total": 16}
+    return {"question": question, "steps_with_score": [step], **fields}
+
+
+def test_raw_and_converted_records_are_found_by_either_of_their_questions(tmp_path):
+    Image.new("RGB", (20, 20), "white").save(tmp_path / "x.png")
+    records = [
+        raw(PROMPT.format(QUESTION + "\nA. 1\nB. 2"), image="x.png"),
+        raw("<image>\nSee the picture.", question_orig=QUESTION, image="x.png"),
+        raw("How many apples are red?", id="kept", image="x.png"),
+        raw(PROMPT.format("How many apples are there?"), question_orig="Apples?", image="x.png"),
+    ]
+    source = write(tmp_path / "apples.jsonl", records)
+    convert_main(["raw", str(source), "--out", str(tmp_path / "converted.jsonl")])
+    options = "\n\nOptions: (A) 3 (B) 4 (C) 5"
+    test = write(tmp_path / "test.jsonl", [{"question": f"Question: {QUESTION}{options}"}])
+    for name, file in (("apples.jsonl", "raw"), ("converted.jsonl", "converted")):
+        kept, removed = run((tmp_path / name, test), tmp_path / f"{file}_out.jsonl")
+        assert kept == ["kept", "apples.jsonl:4"]
+        assert set(removed) == {"apples.jsonl:1", "apples.jsonl:2"}
+    # The other way round the instructions around a protected question do not protect it less.
+    plain = write(tmp_path / "plain.jsonl", [training("t", QUESTION), training("k", "Pears?")])
+    assert run((plain, source), tmp_path / "out.jsonl")[0] == ["k"]
+
+
+def test_raw_records_keep_the_paths_where_their_images_were_found(tmp_path):
+    found = tmp_path / "prm" / "images" / "geo" / "a.png"
+    found.parent.mkdir(parents=True)
+    found.write_bytes(encoded(drawing(0)))
+    record = raw("Which?", image="VisualPRM400K-v1.1-Raw/geo/a.png")
+    source = write(tmp_path / "prm" / "geo.jsonl", [record])
+    test = write(tmp_path / "test.jsonl", [{"question": "Who?"}])
+    run((source, test), tmp_path / "out" / "geo.jsonl")
+    assert lines(tmp_path / "out" / "geo.jsonl")[0]["image"] == "../prm/images/geo/a.png"
+
+
+def test_ids_are_filled_in_for_training_records_only(tmp_path):
+    meta = {**training(-1, "Which one?"), "true_false": True}
+    question = {"question": "And this one?"}
+    records = [training(-1, "A?"), training(None, "B?"), training("x", "C?"), meta, question]
+    records += [training(-1, "Who?"), {**meta, **training(-1, "Who?")}]
+    source = write(tmp_path / "deep" / "train.jsonl", records)
+    test = write(tmp_path / "test.jsonl", [{"question": "Who?"}])
+    main([str(source), "--against", str(test), "--out", str(tmp_path / "out.jsonl")])
+    assert [record.get("id") for record in lines(tmp_path / "out.jsonl")] == [
+        "train.jsonl:1",
+        "train.jsonl:2",
+        "x",
+        -1,
+        None,
+    ]
+    rejected = lines(tmp_path / "out.rejected.jsonl")
+    assert [entry["id"] for entry in rejected] == ["train.jsonl:6", -1]
+
+
+def test_counts_by_data_set_and_a_warning_where_most_is_gone(tmp_path, capsys):
+    def records(dataset, asked, others):
+        questions = ["Who?"] * asked + [f"Which of {i}?" for i in range(others)]
+        return [{**training(-1, question), "dataset": dataset} for question in questions]
+
+    source = write(
+        tmp_path / "all.jsonl",
+        [*records("geo", 3, 2), *records("chart", 2, 2), *records("text", 0, 4), {"dataset": "z"}],
+    )
+    test = write(tmp_path / "test.jsonl", [{"question": "Who?"}])
+    arguments = [str(source), "--against", str(test), "--out", str(tmp_path / "out.jsonl")]
+    main(arguments)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1:] == [
+        "chart: 2 of 4 removed (2 question)",
+        "geo: 3 of 5 removed (3 question)",
+        "z: 1 of 1 removed (1 unreadable)",
+    ]
+    warned = [line.partition(" is removed")[0] for line in printed.err.splitlines()]
+    assert warned == ["warning: more than half of geo", "warning: more than half of z"]
+    main([*arguments, "--limit", "4", "--overwrite"])
+    assert "1 records kept, 3 removed" in capsys.readouterr().out
+    assert [record["id"] for record in lines(tmp_path / "out.jsonl")] == ["all.jsonl:4"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--limit", "0", "--overwrite"])
 
 
 def test_copies_are_near_and_different_drawings_far():

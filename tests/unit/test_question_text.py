@@ -1,0 +1,197 @@
+"""When a prompt asks a protected question: in any form around it, and only that question."""
+
+import random
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.question_text import LONG_QUESTION, QuestionIndex, question_tokens
+
+STEM = "Which of the marked organs in the drawing of the frog pumps the blood through its body?"
+SHORT = "Which organ is marked?"
+INSTRUCTION = (
+    "<image>\nYour task is to solve what follows. Reason in steps first, and when you are done, "
+    'write "Final answer: ..".\n\nQuestion:\n\n{}'
+)
+TRAILING = "{}\nAnswer the preceding question. The last line is your 'Answer: $VALUE'. Think first."
+PROMPTS = (
+    "{}",
+    "### Question:\n{}\n\n### Solution Process:\nThe frog lies on its back.",
+    "### Question:\nQuestion: {}",
+    INSTRUCTION,
+    "### Question:\n" + INSTRUCTION,
+    TRAILING,
+    "Hint: give the letter, e.g., A, B, C, D, at the end.\nQuestion: {}",
+    "<image>\n{}\nAnswer with the option's letter from the given choices directly.",
+    "{} Please answer directly with a word.",
+    "[Question]\n{}",
+    "**Question 12:** {}",
+    "请看图。\n问题：{}",
+)
+FORMATS = (
+    "\nA. {}\nB. {}\nC. {}\nD. {}",
+    "\n(A) {} (B) {} (C) {} (D) {}",
+    " A) {} B) {} C) {} D) {}",
+    "\nChoices:\n(A) {}\n(B) {}\n(C) {}\n(D) {}",
+    "\nChoices:\nA:{}\nB:{}\nC:{}\nD:{}",
+    "\n\nOptions: (A) {} (B) {} (C) {} (D) {}",
+    "\n**Options**:\n- A: {}\n- B: {}\n- C: {}\n- D: {}",
+    " Answer choices: a. {}; b. {}; c. {}; d. {}",
+    "\n选项：\nA、{}\nB、{}\nC、{}\nD、{}",
+    "\n[A] {}\n[B] {}\n[C] {}\n[D] {}",
+)
+words = st.text(string.ascii_lowercase, min_size=2, max_size=8)
+
+
+def asks(question, prompt):
+    index = QuestionIndex()
+    index.add(question, "here")
+    return index.find([prompt]) == "here"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("stem", [STEM, SHORT], ids=["long", "short"])
+def test_whatever_stands_around_a_question_does_not_matter(prompt, stem):
+    assert len(question_tokens(SHORT)) < LONG_QUESTION < len(question_tokens(STEM))
+    options = FORMATS[5].format("heart", "liver", "lung", "eye")
+    for asked in (stem, stem + FORMATS[1].format("liver", "heart", "bone", "skin")):
+        assert asks(f"Question: {stem}{options}", prompt.format(asked))
+        assert asks(prompt.format(asked), f"Question: {stem}{options}")
+    assert not asks(f"Question: {stem}", prompt.format(stem.replace("organ", "muscle")))
+
+
+@given(
+    st.lists(words, min_size=3, max_size=20),
+    st.lists(words, min_size=8, max_size=8),
+    st.sampled_from(FORMATS),
+    st.sampled_from(FORMATS),
+    st.sampled_from(["?", ":", "."]),
+)
+def test_a_question_is_the_same_in_any_format_of_its_options(stem, options, one, other, end):
+    text = "Of " + " ".join(stem) + end
+    assert asks(text + one.format(*options[:4]), text + other.format(*options[4:]))
+    assert question_tokens(text + one.format(*options[:4])) == question_tokens(text)
+
+
+@given(
+    st.lists(st.sampled_from("3 4.5 17 x y (a".split()), min_size=3, max_size=6),
+    st.randoms(),
+    st.sampled_from(
+        ["Find {}.", "Determine the value of {} for the two numbers shown in the figure."]
+    ),
+)
+def test_formulas_that_differ_in_one_sign_are_different_questions(terms, rng, text):
+    signs = [rng.choice("+-×/<>=^") for _ in terms[1:]]
+    changed = list(signs)
+    place = rng.randrange(len(signs))
+    changed[place] = random.Random(rng.random()).choice(sorted(set("+-×/<>=^") - {signs[place]}))
+
+    def formula(signs):
+        parts = [f" {sign} {term}" for sign, term in zip(signs, terms[1:], strict=True)]
+        return text.format(terms[0] + "".join(parts))
+
+    assert asks(formula(signs), TRAILING.format(formula(signs)))
+    assert not asks(formula(signs), TRAILING.format(formula(changed)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find 3 − 4.", "find 3-4"),
+        ("Find 3 · 4.", "Find 3 * 4"),
+        ("Find 3 x 4.", "Find $3 \\times 4$."),
+        ("Find x² + y₁.", "Find $x^{2} + y_1$."),
+        ("Is x ≤ 3?", "Is x <= 3?"),
+        ("Is x ≠ 3?", r"Is \(x \neq 3\)?"),
+        ("Find 10⁻³ m.", "Find $10^{-3}$ m."),
+        ("If θ = 30°, find sin θ.", r"If $\theta=30^\circ$, find $\sin\theta$."),
+        ("Find ½ of 1,500.", r"Find $\frac{1}{2}$ of 1500."),
+        ("Is .5 < 1?", "Is 0.5 &lt; 1?"),
+        ("A well-known x-axis", "a well known x axis"),
+        ("＜image 1＞ What’s the Ａrea?", "<image 1>what's the area"),
+        ("See the figure (<image 1>).", "See the figure."),
+        ("Find √2 ÷ π.", r"Find $\sqrt{2} / \pi$"),
+    ],
+)
+def test_forms_of_one_question(one, other):
+    assert asks(one.replace("＜", "<").replace("＞", ">"), other)
+    assert question_tokens(one.replace("＜", "<").replace("＞", ">")) == question_tokens(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find 1.5 m.", "Find 15 m."),
+        ("Find f(x).", "Find f'(x)."),
+        ("Find 2(x + 1).", "Find 2x + 1."),
+        ("Find x^2.", "Find x_2."),
+        ("Find 5!", "Find 5"),
+        ("Is it 3:4?", "Is it 3/4?"),
+        ("Is it 5%?", "Is it 5?"),
+        ("Find |x|.", "Find x."),
+        ("Is x ≤ 3?", "Is x < 3?"),
+        ("Find ∫x.", "Find ∑x."),
+        ("Find -x.", "Find x."),
+        ("Is p ⇒ q?", "Is p ⇐ q?"),
+        ("What is 3 △ 4?", "What is 3 □ 4?"),
+        ("How much is €5?", "How much is £5?"),
+        ("Find 30°.", "Find 30."),
+        ("If P(A) = 0.5 and P(B) = 1, find P(A).", "If P(A) = 0.5 and P(B) = 1, find P(B)."),
+        ("It goes from point A. It stops at B. How far?", "It goes from point A. How far?"),
+        ("Do (A) and (B) touch?", "Do (A) and (C) touch?"),
+        ("何が見えますか", "何が聞こえますか"),
+    ],
+)
+def test_different_questions(one, other):
+    assert not asks(one, other)
+    assert not asks(other, one)
+
+
+def test_a_short_question_in_the_midst_of_another_is_not_asked():
+    for prompt in (
+        "What is shown in the left picture?",
+        "Look closely. What is shown? Then name its colour.",
+        "A cat sits there.\nWhat is shown besides it?",
+        "Explain what is shown",
+    ):
+        assert not asks("What is shown?", prompt)
+
+
+def test_a_long_question_is_asked_as_a_sentence_of_a_longer_prompt_but_not_as_its_piece():
+    assert asks(STEM, f"Look at the drawing. {STEM} Reason step by step.")
+    assert asks(STEM, f'Tell me, "{STEM}"')
+    assert asks(STEM.rstrip("?"), f"Now ({STEM}) in one word")
+    assert not asks(STEM, STEM.rstrip("?") + " and its legs?")
+    formula = "What is the value of the expression in the box, which is 3 + 4"
+    assert asks(formula, formula + "?")
+    assert not asks(formula, formula + " × 2?")
+    assert not asks("3 + 4 is what the box of the picture shows as the value", "2 × " + formula)
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>?", "", "...", "\n\nOptions: (A) 1 (B) 2", "### Question:\n"]
+)
+def test_what_has_no_words_is_no_question(text):
+    assert not asks(text, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(A) (B) ",
+        "A. B. ",
+        "\n",
+        " ",
+        "options: ",
+        "\\frac{",
+        "question:",
+        "- * ",
+        "1 x ",
+        "((",
+        "^",
+    ],
+)
+def test_hostile_texts_take_no_longer_than_others(text):
+    assert len(question_tokens(text * (200_000 // len(text)) + "end")) >= 0
