@@ -179,10 +179,13 @@ def _options_start(text: str) -> int:
     for style in _LABELS:
         labels = list(style.finditer(text))
         for i, (a, b) in reversed([*enumerate(pairwise(labels))]):
-            if a[1] + b[1] != "AB" or _BETWEEN_NAMES.fullmatch(text, a.end(), b.start()):
+            if a[1] + b[1] != "AB":
                 continue
-            before = text[max(a.start() - 2, 0) : a.start()].rstrip(" ")
-            if not before[-1:].isalnum() or (i + 2 < len(labels) and labels[i + 2][1] == "C"):
+            # In the midst of a sentence only a longer list is one of options.
+            inside = text[max(a.start() - 2, 0) : a.start()].rstrip(" ")[-1:].isalnum()
+            longer = i + 2 < len(labels) and labels[i + 2][1] == "C"
+            names = _BETWEEN_NAMES.fullmatch(text, a.end(), b.start())
+            if not inside or (longer and not names):
                 first = min(first, a.start())
                 break
     for heading in _OPTIONS_HEADING.finditer(text, 0, first):

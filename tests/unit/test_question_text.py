@@ -140,6 +140,8 @@ def test_forms_of_one_question(one, other):
         ("Find 30°.", "Find 30."),
         ("If P(A) = 0.5 and P(B) = 1, find P(A).", "If P(A) = 0.5 and P(B) = 1, find P(B)."),
         ("It goes from point A. It stops at B. How far?", "It goes from point A. How far?"),
+        ("It goes from point A. It stops at point B. Why?", "It goes from point A. How far?"),
+        ("Do (A), (B) and (C) touch?", "Do (A), (B) and (C) overlap?"),
         ("Do (A) and (B) touch?", "Do (A) and (C) touch?"),
         ("何が見えますか", "何が聞こえますか"),
     ],
@@ -167,7 +169,9 @@ def test_a_long_question_is_asked_as_a_sentence_of_a_longer_prompt_but_not_as_it
     formula = "What is the value of the expression in the box, which is 3 + 4"
     assert asks(formula, formula + "?")
     assert not asks(formula, formula + " × 2?")
-    assert not asks("3 + 4 is what the box of the picture shows as the value", "2 × " + formula)
+    value = "3 + 4 is what the box of the picture shows as its value"
+    assert asks(value, f"Look: {value}.")
+    assert not asks(value, f"2 × {value}.")
 
 
 @pytest.mark.parametrize(
@@ -195,3 +199,8 @@ def test_what_has_no_words_is_no_question(text):
 )
 def test_hostile_texts_take_no_longer_than_others(text):
     assert len(question_tokens(text * (200_000 // len(text)) + "end")) >= 0
+
+
+@pytest.mark.parametrize("options", [" (A) old (B) new (C) odd", " A. old B. new C. odd"])
+def test_options_may_end_the_sentence_that_the_question_begins(options):
+    assert question_tokens(f"The style of this is{options}") == "the style of this is".split()
