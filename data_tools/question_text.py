@@ -123,15 +123,15 @@ class QuestionIndex:
 
     def __init__(self) -> None:
         self._short: dict[tuple[str, ...], str] = {}
-        self._long: dict[tuple[str, ...], list[tuple[list[str], str]]] = {}
+        self._long: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}  # by their beginning
 
     def add(self, text: str, place: str) -> None:
         """Protect the question in a text; one without words or signs is none."""
-        tokens = question_tokens(text)
+        tokens = tuple(question_tokens(text))
         if len(tokens) >= LONG_QUESTION:
-            self._long.setdefault(tuple(tokens[:LONG_QUESTION]), []).append((tokens, place))
+            self._long.setdefault(tokens[:LONG_QUESTION], {}).setdefault(tokens, place)
         elif tokens:
-            self._short.setdefault(tuple(tokens), place)
+            self._short.setdefault(tokens, place)
 
     def find(self, texts: Iterable[str]) -> str | None:
         """The place of a protected question that one of the texts asks; None when none does."""
@@ -140,9 +140,10 @@ class QuestionIndex:
     def _place(self, text: str) -> str | None:
         tokens, gaps = _prompt_tokens(text)
         for start, gap in enumerate(gaps[:-1]):
-            for question, place in self._long.get(tuple(tokens[start : start + LONG_QUESTION]), ()):
+            beginning = tuple(tokens[start : start + LONG_QUESTION])
+            for question, place in self._long.get(beginning, {}).items():
                 end = start + len(question)
-                if tokens[start:end] == question and _is_whole(tokens, gaps, start, end):
+                if tuple(tokens[start:end]) == question and _is_whole(tokens, gaps, start, end):
                     return place
             if gap == _LINE:
                 for end in range(start + 1, min(start + LONG_QUESTION, len(gaps))):
