@@ -4,7 +4,7 @@ import random
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.question_text import LONG_QUESTION, QuestionIndex, question_tokens
@@ -62,6 +62,7 @@ def test_whatever_stands_around_a_question_does_not_matter(prompt, stem):
     assert not asks(f"Question: {stem}", prompt.format(stem.replace("organ", "muscle")))
 
 
+@settings(deadline=None)  # a busy machine is slow, not wrong
 @given(
     st.lists(words, min_size=3, max_size=20),
     st.lists(words, min_size=8, max_size=8),
@@ -75,6 +76,7 @@ def test_a_question_is_the_same_in_any_format_of_its_options(stem, options, one,
     assert question_tokens(text + one.format(*options[:4])) == question_tokens(text)
 
 
+@settings(deadline=None)  # a busy machine is slow, not wrong
 @given(
     st.lists(st.sampled_from("3 4.5 17 x y (a".split()), min_size=3, max_size=6),
     st.randoms(),
