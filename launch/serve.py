@@ -19,7 +19,7 @@ from dreamprm_dist.flags import flag, parse_args, run
 class ServeConfig(ScoringConfig):
     """Everything `launch/serve.py` is told."""
 
-    model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
+    model: str = flag("./weights/export", "Local folder, run folder or hub name of the PRM.")
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
     port: int = flag(8000, "Port to listen on; 0: any free one.")
 

@@ -25,7 +25,7 @@ from dreamprm_dist.prm.model import load_tokenizer
 class ScoreConfig(FileScoringConfig):
     """Everything `launch/score.py` is told."""
 
-    model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
+    model: str = flag("./weights/export", "Local folder, run folder or hub name of the PRM.")
     input: str = flag("./data/solutions.jsonl", "Questions with solutions, JSON or JSONL.")
     output: str = flag("./scores.jsonl", "JSONL file to write; an existing one is replaced.")
     image_root: str | None = flag(

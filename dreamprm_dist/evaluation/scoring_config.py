@@ -13,6 +13,7 @@ from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import AtLeastOne, Count, FlagGroup, flag
+from dreamprm_dist.prm.model_folder import resolve_model
 
 # Ranks finish at different times, for images have different sizes; less would end long work at its
 # last barrier.
@@ -80,7 +81,7 @@ class FileScoringConfig(ScoringConfig):
 
 
 def _weights_state(model: str) -> list[list]:
-    files = sorted(Path(model).glob("*.safetensors"))
+    files = sorted(Path(resolve_model(model)).glob("*.safetensors"))
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 

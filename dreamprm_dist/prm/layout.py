@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config, Qwen3Config
 
 from dreamprm_dist.errors import InputError
 
@@ -70,6 +68,18 @@ _VISION = {
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
 }
+# Language models whose tensors have the same names in both layouts, by model_type; Qwen2 is that of
+# InternVL3, Qwen3 that of the dense InternVL3.5 models.
+_TEXT = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What a config says of a model in training, of generation, and of the file itself.
+_NO_PART = {
+    *("dtype", "transformers_version", "architectures", "_name_or_path", "use_cache"),
+    *("initializer_range", "initializer_factor", "layer_scale_init_value", "attention_dropout"),
+    *("hidden_dropout_prob", "projection_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("use_mean_pooling", "max_window_layers", "image_token_id", "tie_word_embeddings"),
+}
+_ONLY = "only Qwen2, as in InternVL3, and Qwen3, as in InternVL3.5,"
 # What the original says where the mapping supposes it; any other value is another model.
 _REQUIRED = {"ps_version": "v2", "select_layer": -1, "use_backbone_lora": 0, "use_llm_lora": 0}
 
@@ -90,11 +100,12 @@ def from_original_config(original: Mapping, image_token_id: int) -> InternVLConf
     vision, text = original.get("vision_config"), original.get("llm_config")
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise InputError("its config.json has no vision_config and llm_config")
-    architecture = text.get("model_type") or (text.get("architectures") or ["unnamed"])[0]
-    if architecture not in ("qwen2", "Qwen2ForCausalLM"):
-        raise InputError(
-            f"its language model is {architecture!r}; only Qwen2, as in InternVL3, can be loaded"
-        )
+    architecture = (text.get("architectures") or ["unnamed"])[0]
+    names = {architecture: model_type for model_type, architecture in _ARCHITECTURES.items()}
+    language_model = text.get("model_type") or names.get(architecture, architecture)
+    if language_model not in _TEXT:
+        raise InputError(f"its language model is {language_model!r}; {_ONLY} can be loaded")
+    text_config = _TEXT[language_model]
     if missing := sorted({"hidden_size", "num_hidden_layers", "num_attention_heads"} - {*vision}):
         raise InputError(f"its vision_config lacks {', '.join(missing)}")
     tile_size = original.get("force_image_size") or vision.get("image_size", 448)
@@ -104,13 +115,16 @@ def from_original_config(original: Mapping, image_token_id: int) -> InternVLConf
             f"{vision['image_size']} pixels"
         )
     ratio = original.get("downsample_ratio", 0.5)
-    known = {field.name for field in dataclasses.fields(Qwen2Config)} | {"rope_theta"}
-    known |= {"rope_scaling"}
+    known = {field.name for field in dataclasses.fields(text_config)}
+    settings = {name: text[name] for name in text if name in known | {"rope_theta"}}
+    if isinstance(rope := text.get("rope_scaling"), Mapping):
+        # transformers 4 said "type" too, or nothing else; transformers adds to the mapping it gets.
+        settings["rope_scaling"] = {"rope_type" if k == "type" else k: v for k, v in rope.items()}
     return InternVLConfig(
         vision_config=InternVLVisionConfig(
             **{ours: vision[theirs] for theirs, ours in _VISION.items() if theirs in vision}
         ),
-        text_config=Qwen2Config(**{name: text[name] for name in text if name in known}),
+        text_config=text_config(**settings),
         image_token_id=image_token_id,
         image_seq_length=int((tile_size // vision.get("patch_size", 14) * ratio) ** 2),
         downsample_ratio=ratio,
@@ -120,7 +134,40 @@ def from_original_config(original: Mapping, image_token_id: int) -> InternVLConf
 
 
 def to_original_config(config: InternVLConfig) -> dict:
-    """`config.json` of the original layout, as transformers 4 and other programs read it."""
+    """`config.json` of the original layout, as transformers 4 and other programs read it.
+
+    Raises:
+        InputError: the layout cannot say what the model is; read back it would be another.
+    """
+    # Annotated as all that InternVLConfig takes, and not as what it makes of it.
+    text: Any = config.text_config
+    if text.model_type not in _TEXT:
+        raise InputError(
+            f"its language model is {text.model_type!r}; {_ONLY} can be written in the original "
+            "layout; use the transformers layout"
+        )
+    original = _to_original_config(config)
+    back = from_original_config(original, config.image_token_id)
+    if lost := _differences(config.to_dict(), back.to_dict()):
+        raise InputError(
+            f"the original layout cannot say its {', '.join(lost)}; use the transformers layout"
+        )
+    return original
+
+
+def _differences(config: Mapping, other: Mapping) -> list[str]:
+    """The settings in which two models compute something else."""
+    found: list[str] = []
+    for name in sorted({*config, *other} - _NO_PART):
+        value, other_value = config.get(name), other.get(name)
+        if isinstance(value, Mapping) and isinstance(other_value, Mapping):
+            found += [f"{name}.{inner}" for inner in _differences(value, other_value)]
+        elif value != other_value:
+            found.append(f"{name} {value!r}")
+    return found
+
+
+def _to_original_config(config: InternVLConfig) -> dict:
     # Annotated as all that InternVLConfig takes, and not as what it makes of it.
     vision: Any = config.vision_config
     text: Any = config.text_config
@@ -130,7 +177,7 @@ def to_original_config(config: InternVLConfig) -> dict:
     default_rope = rope.get("rope_type", "default") == "default"
     llm_config = {
         field.name: getattr(text, field.name)
-        for field in dataclasses.fields(Qwen2Config)
+        for field in dataclasses.fields(text)
         if field.name not in ("rope_parameters", "layer_types", "dtype", "transformers_version")
     }
     llm_config = {k: v for k, v in llm_config.items() if isinstance(v, str | int | float | None)}
@@ -155,8 +202,8 @@ def to_original_config(config: InternVLConfig) -> dict:
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "llm_config": llm_config
         | {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": [_ARCHITECTURES[text.model_type]],
+            "model_type": text.model_type,
             "rope_theta": theta,
             "rope_scaling": None if default_rope else rope | {"type": rope["rope_type"]},
             "tie_word_embeddings": config.tie_word_embeddings,
@@ -236,29 +283,6 @@ def _replace_block_part(name: str, parts: Mapping[str, str]) -> str:
         return name
     number, dot, rest = name.removeprefix(_BLOCKS).partition(".")
     return f"{_BLOCKS}{number}{dot}{_replace_prefix(rest, parts)}"
-
-
-def read_original_state(name_or_path: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's safetensors files, from a local folder or the hub.
-
-    Raises:
-        InputError: it has none (pickled weights are not read), or one is broken.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors"]))
-    single = folder / "model.safetensors"
-    files: Iterable[Path] = [single] if single.is_file() else sorted(folder.glob("model-*-of-*"))
-    files = [file for file in files if file.suffix == ".safetensors"]
-    if not files:
-        raise InputError("it has no safetensors file; pickled weights (*.bin, *.pt) are not read")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state |= load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"{file.name} is broken ({error}); fetch it again") from error
-    return state
 
 
 def save_original(folder: Path, config: InternVLConfig, state: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -23,6 +26,9 @@ from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.attention import attention_implementation, forward_mode
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
+from dreamprm_dist.prm.model_folder import CONFIG, fetch_model, read_state, resolve_model
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,7 +39,9 @@ class ModelConfig(FlagGroup):
 
     _argument_group_name: ClassVar[str] = "model"
 
-    reward_model: str = flag("OpenGVLab/InternVL3-1B", "Local folder or hub name to start from.")
+    reward_model: str = flag(
+        "OpenGVLab/InternVL3-1B", "Local folder, run folder or hub name to start from."
+    )
     precision: Literal["bf16", "fp32"] = flag("bf16", "Parameters and activations.")
     freeze_vision_tower: bool = flag(False, "Do not train the vision tower.")
     freeze_language_model: bool = flag(False, "Do not train the language model.")
@@ -226,80 +234,89 @@ class PRM(nn.Module):
 def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | None = None) -> PRM:
     """Load a PRM from a local folder or the hub, weights from safetensors only, no remote code.
 
-    Both layouts are read: transformers' own (`InternVLForConditionalGeneration`) and the original
-    one (`InternVLChatModel`).
+    A run folder stands for its export. Both layouts are read: transformers' own
+    (`InternVLForConditionalGeneration`) and the original one (`InternVLChatModel`).
 
     Raises:
         InputError: it is no InternVL checkpoint, or tensors are missing, left over or misshapen.
     """
-    config_dict = _read_config(name_or_path)
+    folder = fetch_model(name_or_path, weights=True)
+    if (name := resolve_model(name_or_path)) != name_or_path:
+        logger.info("%s is a run; the model is its export, %s", name_or_path, name)
+    config_dict = _read_config(folder, name)
     original = config_dict["model_type"] == layout.MODEL_TYPE
-    vocabulary = load_tokenizer(name_or_path).get_vocab() if original else {}
+    vocabulary = load_tokenizer(name).get_vocab() if original else {}
     device = device or torch.device("cpu")
     # Annotated as if it never gave the loading info too.
     load: Any = InternVLForConditionalGeneration.from_pretrained
-    options = {
-        "dtype": PRECISIONS[precision],
-        "attn_implementation": attention_implementation(device, PRECISIONS[precision]),
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # `_check_tensors` refuses them, with their names
-    }
     try:
+        state = read_state(folder)
         if original:
             if (image_token_id := vocabulary.get(IMAGE_CONTEXT)) is None:
                 raise InputError(f"its tokenizer lacks {IMAGE_CONTEXT}; give InternVL3's own")
             config = layout.from_original_config(config_dict, image_token_id)
-            state = layout.read_original_state(name_or_path)
             state = layout.from_original_state(state, config.tie_word_embeddings)
-            model, info = load(None, config=config, state_dict=state, **options)
         else:
-            model, info = load(name_or_path, use_safetensors=True, **options)
+            config = InternVLConfig.from_dict(config_dict)
+        model, info = load(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=PRECISIONS[precision],
+            attn_implementation=attention_implementation(device, PRECISIONS[precision]),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_tensors` refuses them, with their names
+        )
         _check_tensors(info)
         # transformers leaves a head of its own apart whatever the config says, which an export
         # would believe.
         head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
         model.config.tie_word_embeddings = head is embeddings
+    except InputError as error:
+        raise InputError(f"model {name}: {error}") from error
     except StrictDataclassError as error:  # a value of another type, which transformers refuses
-        why = " ".join(str(error).split())
-        raise InputError(f"model {name_or_path}: its config.json is wrong ({why})") from error
+        raise InputError(f"model {name}: its config.json is wrong ({_short(error)})") from error
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"model {name_or_path}: {error}") from error
+        raise InputError(f"model {name}: {_short(error)}") from error
     _remove_dropout(model)
     return PRM(model).to(device)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a missing padding token becomes the end-of-text token."""
+    folder = fetch_model(name_or_path)
+    _read_config(folder, name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(
-            f"model {name_or_path}: its tokenizer cannot be read ({why}); copy the tokenizer "
-            "files of the model that it was trained from into its folder"
+            f"model {name_or_path}: its tokenizer cannot be read ({_short(error)}); copy the "
+            "tokenizer files of the model that it was trained from into its folder"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _read_config(name_or_path: str) -> dict:
+def _read_config(folder: Path, name: str) -> dict:
     try:
-        config = InternVLConfig.get_config_dict(name_or_path)[0]
-    except OSError as error:
-        why = str(error).splitlines()[0]
-        raise InputError(
-            f"model {name_or_path}: neither a folder with a config.json nor a model of the hub "
-            f"within reach ({why})"
-        ) from error
-    model_type = config.get("model_type")
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"model {name}: its config.json is no JSON object ({error})") from error
     if model_type not in (InternVLConfig.model_type, layout.MODEL_TYPE):
         raise InputError(
-            f"model {name_or_path}: its config.json says model_type {model_type!r}; give an "
-            f"InternVL3 checkpoint, whose model_type is {InternVLConfig.model_type!r} or "
+            f"model {name}: its config.json says model_type {model_type!r}; give an InternVL3 "
+            f"checkpoint, whose model_type is {InternVLConfig.model_type!r} or "
             f"{layout.MODEL_TYPE!r}"
         )
     return config
+
+
+def _short(error: Exception, length: int = 200) -> str:
+    """What another library says, on one line: some of it lists all that would have been right."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def _check_tensors(info: dict) -> None:

@@ -1,5 +1,6 @@
 """The original InternVL3 layout: read and written, held against a model written in its names."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT, label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -61,10 +72,21 @@ class Embeddings(nn.Module):
         return torch.cat([classes, patches], 1) + self.position_embedding
 
 
+SIZES = {
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e4}
+
+
 class Original(nn.Module):
     """The computation of `InternVLChatModel` under its own names."""
 
-    def __init__(self, vocab_size: int, tied: bool):
+    def __init__(self, vocab_size: int, tied: bool, language_model: str = "qwen2"):
         super().__init__()
         layers = nn.ModuleList(Block() for _ in range(LAYERS))
         self.vision_model = nn.ModuleDict(
@@ -73,19 +95,13 @@ class Original(nn.Module):
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(4 * WIDTH), nn.Linear(4 * WIDTH, TEXT_WIDTH), nn.GELU()
         ).append(nn.Linear(TEXT_WIDTH, TEXT_WIDTH))
-        self.language_model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=vocab_size,
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=40,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                tie_word_embeddings=tied,
-                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e4},
-            )
-        )
+        shared = {**SIZES, "vocab_size": vocab_size, "tie_word_embeddings": tied}
+        self.language_model = {
+            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shared, rope_parameters=dict(ROPE))),
+            "qwen3": lambda: Qwen3ForCausalLM(
+                Qwen3Config(**shared, rope_parameters=dict(ROPE), head_dim=8)
+            ),
+        }[language_model]()
 
     def forward(self, input_ids: Tensor, pixels: Tensor, image_token: int) -> Tensor:
         x = self.vision_model["embeddings"](pixels)
@@ -102,8 +118,21 @@ class Original(nn.Module):
         return self.language_model(inputs_embeds=embeddings).logits
 
 
-def config(vocab_size: int, tied: bool) -> dict:
-    """`config.json` as OpenGVLab/InternVL3-1B has it, with smaller numbers."""
+def config(vocab_size: int, tied: bool, language_model: str = "qwen2") -> dict:
+    """`config.json` as OpenGVLab/InternVL3-1B has it, or InternVL3_5-1B, with smaller numbers."""
+    content = _internvl3(vocab_size, tied)
+    if language_model == "qwen3":
+        content["llm_config"] |= {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "head_dim": 8,
+            "max_window_layers": 2,
+            "model_type": "qwen3",
+        }
+    return content
+
+
+def _internvl3(vocab_size: int, tied: bool) -> dict:
     return {
         "architectures": ["InternVLChatModel"],
         "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
@@ -159,22 +188,32 @@ def config(vocab_size: int, tied: bool) -> dict:
     }
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(
+    params=[(False, "qwen2"), (True, "qwen2"), (False, "qwen3"), (True, "qwen3")],
+    ids=["untied", "tied", "qwen3", "qwen3-tied"],
+)
 def checkpoint(request, tmp_path: Path, tiny_prm_dir: Path) -> tuple[Path, Original]:
     """A folder in the original layout, and the model that it holds."""
+    tied, language_model = request.param
     tokenizer = load_tokenizer(str(tiny_prm_dir))
     folder = tmp_path / "original"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    model = Original(len(tokenizer), tied=request.param).eval()
+    model = Original(len(tokenizer), tied, language_model).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if request.param:
+    if tied:
         del state["language_model.lm_head.weight"]
     save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config(len(tokenizer), request.param)))
+    text = json.dumps(config(len(tokenizer), tied, language_model))
+    (folder / "config.json").write_text(text)
     return folder, model
+
+
+def of_one_kind(tied: bool) -> pytest.MarkDecorator:
+    """For tests to which it does not matter which language model it is."""
+    return pytest.mark.parametrize("checkpoint", [(tied, "qwen2")], indirect=True, ids=["qwen2"])
 
 
 @torch.no_grad()
@@ -213,6 +252,7 @@ def test_written_back_it_is_the_same(checkpoint, tmp_path: Path) -> None:
     for section in ("vision_config", "llm_config"):
         same = {*layout._VISION, "rope_theta", "rope_scaling", "num_key_value_heads"}
         same |= {"tie_word_embeddings", "vocab_size", "max_position_embeddings", "rms_norm_eps"}
+        same |= {"architectures", "model_type", "head_dim", "attention_bias"}
         shared = same & old[section].keys()
         assert {k: old[section][k] for k in shared} == {k: new[section][k] for k in shared}
     load_tokenizer(str(folder)).save_pretrained(back)
@@ -225,7 +265,7 @@ def change(folder: Path, **tensors: Tensor | None) -> None:
     save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("checkpoint", [False], indirect=True, ids=["untied"])
+@of_one_kind(tied=False)
 def test_tensors_that_do_not_fit_are_listed(checkpoint) -> None:
     folder, _ = checkpoint
     change(
@@ -256,7 +296,7 @@ def test_the_other_layout_is_as_strict(tiny_prm_dir: Path, tmp_path: Path) -> No
         load_prm(str(tmp_path / "prm"))
 
 
-@pytest.mark.parametrize("checkpoint", [True], indirect=True, ids=["tied"])
+@of_one_kind(tied=True)
 def test_a_tied_head_may_be_there_when_it_is_the_same(checkpoint) -> None:
     folder, model = checkpoint
     head = model.language_model.lm_head.weight.detach().clone()
@@ -267,7 +307,7 @@ def test_a_tied_head_may_be_there_when_it_is_the_same(checkpoint) -> None:
         load_prm(str(folder), "fp32")
 
 
-@pytest.mark.parametrize("checkpoint", [False], indirect=True, ids=["untied"])
+@of_one_kind(tied=False)
 @pytest.mark.parametrize(
     ("section", "name", "value", "says"),
     [
@@ -276,6 +316,7 @@ def test_a_tied_head_may_be_there_when_it_is_the_same(checkpoint) -> None:
         (None, "force_image_size", 32, "force_image_size is 32"),
         (None, "vision_config", None, "no vision_config"),
         ("llm_config", "model_type", "internlm2", "'internlm2'"),
+        ("llm_config", "model_type", "qwen3_moe", "'qwen3_moe'; only Qwen2, .* and Qwen3"),
         ("llm_config", "hidden_size", "wide", "config.json is wrong .*'hidden_size'"),
     ],
 )
@@ -288,12 +329,12 @@ def test_a_config_that_is_another_model(checkpoint, section, name, value, says) 
         load_prm(str(folder))
 
 
-@pytest.mark.parametrize("checkpoint", [False], indirect=True, ids=["untied"])
+@of_one_kind(tied=False)
 def test_pickled_weights_and_a_missing_tokenizer(checkpoint) -> None:
     folder, model = checkpoint
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no safetensors file; pickled"):
+    with pytest.raises(ValueError, match=r"no safetensors file named .*pickled"):
         load_prm(str(folder))
     for file in folder.glob("*token*"):
         file.unlink()
@@ -301,7 +342,7 @@ def test_pickled_weights_and_a_missing_tokenizer(checkpoint) -> None:
         load_prm(str(folder))
 
 
-@pytest.mark.parametrize("checkpoint", [False], indirect=True, ids=["untied"])
+@of_one_kind(tied=False)
 def test_a_tokenizer_without_the_image_token(checkpoint) -> None:
     folder, _ = checkpoint
     for file in folder.glob("*token*"):
@@ -372,3 +413,91 @@ def test_a_head_of_its_own_is_not_lost_whatever_the_config_says(
     save_model(tmp_path / "original", load_prm(str(tmp_path / "untied"), "fp32"), tokenizer, True)
     again = load_prm(str(tmp_path / "original"), "fp32")
     assert torch.equal(again.model.lm_head.weight, head)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("language_model", "settings"),
+    [
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e5}}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 6, "attention_bias": True}),
+        ("qwen3", {"head_dim": 8, "rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+    ],
+)
+def test_a_language_model_comes_back_with_its_logits(
+    tiny_prm_dir: Path, tmp_path: Path, language_model: str, settings: dict
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_prm_dir))
+    torch.manual_seed(0)
+    model = InternVLForConditionalGeneration(other(tiny_prm_dir, language_model, settings)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    folders = [tmp_path / name for name in ("hf", "original", "back")]
+    for folder in folders:
+        folder.mkdir()
+    model.save_pretrained(folders[0])
+    tokenizer.save_pretrained(folders[0])
+    for before, after in itertools.pairwise(folders):
+        save_model(after, load_prm(str(before), "fp32"), tokenizer, after.name == "original")
+    assert json.loads((folders[1] / "config.json").read_text())["model_type"] == "internvl_chat"
+    input_ids = torch.randint(10, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = model(input_ids=input_ids).logits
+    for folder in folders:
+        found = load_prm(str(folder), "fp32").eval().model(input_ids=input_ids).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert expected.std() > 0.1
+
+
+def other(
+    tiny_prm_dir: Path, language_model: str, settings: dict, **changes: object
+) -> InternVLConfig:
+    """The tiny PRM's config with another language model, or other settings."""
+    config = InternVLConfig.from_pretrained(tiny_prm_dir)
+    text: PreTrainedConfig = CONFIG_MAPPING[language_model](
+        **SIZES | {"vocab_size": config.text_config.vocab_size, "pad_token_id": 0} | settings
+    )
+    values = config.to_dict() | {"text_config": text.to_dict(), "tie_word_embeddings": False}
+    values["vision_config"] |= changes.pop("vision_config", {})
+    return InternVLConfig(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("language_model", "settings", "says"),
+    [
+        ("llama", {}, "'llama'"),
+        ("qwen3_moe", {}, "'qwen3_moe'"),
+        ("gpt_oss", {}, "'gpt_oss'"),
+        ("mistral", {}, "'mistral'"),
+        ("qwen2_moe", {}, "'qwen2_moe'"),
+        ("gemma2", {}, "'gemma2'"),
+        ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ],
+)
+def test_a_language_model_that_the_original_layout_cannot_say(
+    tiny_prm_dir: Path, language_model: str, settings: dict, says: str
+) -> None:
+    with pytest.raises(InputError, match=f"{says}.*; use the transformers layout"):
+        layout.to_original_config(other(tiny_prm_dir, language_model, settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
+        ({"vision_feature_layer": -2}, "vision_feature_layer -2"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ({"image_seq_length": 9}, "image_seq_length 9"),
+        ({"vision_config": {"image_size": [32, 64]}}, r"vision_config.image_size \[32, 64\]"),
+        ({"vision_config": {"use_absolute_position_embeddings": False}}, "use_absolute"),
+        ({"vision_config": {"use_mask_token": True}}, "use_mask_token"),
+    ],
+)
+def test_other_settings_that_the_original_layout_cannot_say(
+    tiny_prm_dir: Path, changes: dict, says: str
+) -> None:
+    layout.to_original_config(other(tiny_prm_dir, "qwen2", {}))
+    with pytest.raises(InputError, match=says):
+        layout.to_original_config(other(tiny_prm_dir, "qwen2", {}, **changes))
