@@ -4,7 +4,7 @@
 
 `transformers` is what `InternVLForConditionalGeneration` reads, `original` what
 `InternVLChatModel`, vLLM and other programs for OpenGVLab's checkpoints read. The model may be a
-run's export or any InternVL3 checkpoint, in any of the two.
+run, its export or any InternVL3 checkpoint, in any of the two.
 """
 
 import json
@@ -19,62 +19,85 @@ from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.results import read_results
 from dreamprm_dist.files import whole_folder, whole_lines
 from dreamprm_dist.flags import flag, parse_args, run
+from dreamprm_dist.prm.layout import to_original_config
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
-from dreamprm_dist.training.export import INSTANCE_WEIGHTS, save_model
-from dreamprm_dist.training.model_card import model_card
+from dreamprm_dist.prm.model_folder import CONFIG, EXPORT, fetch_model, resolve_model
+from dreamprm_dist.training.export import INSTANCE_WEIGHTS, export_prm
+from dreamprm_dist.training.model_card import ModelCard, origin
 
 
 @dataclass
 class ExportConfig:
     """Everything `launch/export.py` is told."""
 
-    model: str = flag("./weights/export", "Local folder or hub name of the PRM.")
+    model: str = flag("./weights/export", "Local folder, run folder or hub name of the PRM.")
     output_dir: str = flag("./export", "Folder to write; must not exist.")
     layout: Literal["transformers", "original"] = flag("transformers", "Layout to write.")
-    precision: Literal["bf16", "fp32"] = flag("bf16", "Precision to write the weights in.")
+    precision: Literal["same", "bf16", "fp32"] = flag(
+        "same", "Precision to write the weights in; same: the model's."
+    )
     results: str | None = flag(None, "results.json of an evaluation, for the model card.")
 
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ExportConfig,), argv, "Write a PRM in either InternVL3 layout.")
-    out, source = Path(config.output_dir), Path(config.model)
+    out, original = Path(config.output_dir), config.layout == "original"
     if out.exists():
         raise InputError(f"{out} already exists; choose another output_dir or remove it")
-    card = model_card(*_of_run(source.parent), _results(config.results, config.model))
-    prm, tokenizer = load_prm(config.model, config.precision), load_tokenizer(config.model)
+    source = fetch_model(config.model)
+    card = ModelCard.read(source) or _card_of_run(source.parent, config.model)
+    if config.results:
+        card.add_results(_results(config.results, config.model))
+    precision = _precision(source) if config.precision == "same" else config.precision
+    prm, tokenizer = load_prm(config.model, precision), load_tokenizer(config.model)
+    if original:  # which refuses some models: before anything is written
+        to_original_config(prm.model.config)
     with whole_folder(out) as folder:
-        save_model(folder, prm, tokenizer, original=config.layout == "original")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        export_prm(folder, prm, tokenizer, card, original)
         if (source / INSTANCE_WEIGHTS).is_file():
             shutil.copy(source / INSTANCE_WEIGHTS, folder)
-    print(f"{config.model} is in {out}, {config.layout} layout, {config.precision}")
+    print(f"{config.model} is in {out}, {config.layout} layout, {precision}")
 
 
-def _of_run(folder: Path) -> tuple[dict, dict | None]:
-    """Settings and last metrics of the run that `folder` holds, if it holds one."""
-    settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    if not (settings.is_file() and metrics.is_file()):
-        return {}, None
-    lines = whole_lines(metrics)
-    values = yaml.safe_load(settings.read_text(encoding="utf-8"))
-    return values, json.loads(lines[-1]) if lines else None
+def _card_of_run(folder: Path, model: str) -> ModelCard:
+    """A card for a model that has none of ours; it knows the run that `folder` holds, if any."""
+    values: dict = {}
+    metrics = None
+    settings, log = folder / "config.yaml", folder / "metrics.jsonl"
+    if settings.is_file() and log.is_file():
+        values = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
+        lines = whole_lines(log)
+        metrics = json.loads(lines[-1]) if lines else None
+    return ModelCard.of_run(values, metrics, origin(values.get("reward_model", model)))
 
 
-def _results(path: str | None, model: str) -> dict | None:
+def _precision(folder: Path) -> str:
+    """The narrowest precision that holds the weights as they are."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "fp32"
+
+
+def _results(path: str, model: str) -> dict:
     """An evaluation as the model card shows it: with this PRM's accuracies."""
-    if path is None:
-        return None
     results = read_results(Path(path))
-    models = {label: Path(folder).resolve() for label, folder in results.models.items()}
-    label = next((label for label in models if models[label] == Path(model).resolve()), None)
+    prm = Path(resolve_model(model)).resolve()
+    label = next(
+        (
+            label
+            for label, name in results.models.items()
+            if prm in (Path(name).resolve(), Path(name, EXPORT).resolve())
+        ),
+        None,
+    )
     if label is None:
         evaluated = ", ".join(results.models.values())
         raise InputError(f"{path} has no accuracy of {model}; it is an evaluation of {evaluated}")
+    chosen = {"aggregation": results.prms[label].aggregation, "chosen_on": results.chosen_on}
     return {
         "test_json_file": results.test_json_file,
         "num_questions": results.num_questions,
         "accuracy": results.accuracies() | {"prm": results.accuracies(label)},
-    }
+    } | (chosen if results.meta_accuracy else {})
 
 
 if __name__ == "__main__":

@@ -254,5 +254,11 @@ def parse_train_config(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as a recipe that starts the same run again."""
-    write_whole(path, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    """Write the resolved configuration as a recipe that starts the same run again.
+
+    It names no meta set that the run does not read.
+    """
+    settings = config.as_dict()
+    if not config.reads_meta:
+        del settings["meta_json_file"]
+    write_whole(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

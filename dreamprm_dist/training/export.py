@@ -1,5 +1,7 @@
 """The products of a run: `export/` with the PRM and `instance_weights.parquet`."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,21 +11,35 @@ from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm import layout
-from dreamprm_dist.prm.chat import CHAT_TEMPLATE
+from dreamprm_dist.prm.chat import CHAT_TEMPLATE, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.model_folder import CARD
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD
-from dreamprm_dist.training.config import TrainConfig
-from dreamprm_dist.training.model_card import model_card
+from dreamprm_dist.training.model_card import ModelCard
 
 INSTANCE_WEIGHTS = "instance_weights.parquet"
+# By what names transformers' processor of InternVL knows the chat format's tokens. It wants one of
+# videos too: a word of its own would be one more than the model has embeddings, and no text that
+# the processor is given holds the end of an image.
+PROCESSOR_TOKENS = {
+    "start_image_token": IMAGE_START,
+    "end_image_token": IMAGE_END,
+    "context_image_token": IMAGE_CONTEXT,
+    "video_token": IMAGE_END,
+}
 
 
 def export_prm(
-    folder: Path, prm: PRM, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+    folder: Path,
+    prm: PRM,
+    tokenizer: PreTrainedTokenizerBase,
+    card: ModelCard,
+    original: bool = False,
 ) -> None:
-    """Write the PRM as a Hugging Face folder that loads again without torchvision."""
-    save_model(folder, prm, tokenizer)
-    (folder / "README.md").write_text(model_card(config.as_dict()), encoding="utf-8")
+    """Write the PRM as a folder that loads again without torchvision; see `save_model`."""
+    save_model(folder, prm, tokenizer, original)
+    text = card.text("original" if original else "transformers")
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def save_model(
@@ -33,6 +49,9 @@ def save_model(
 
     Args:
         original: in the layout of `InternVLChatModel` instead of transformers' own.
+
+    Raises:
+        InputError: as `layout.to_original_config`.
     """
     if original:
         layout.save_original(folder, prm.model.config, prm.model.state_dict())
@@ -40,14 +59,25 @@ def save_model(
         prm.model.save_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
+    tokenizer_config = folder / "tokenizer_config.json"
+    held = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    named = PROCESSOR_TOKENS | held.get("model_specific_special_tokens", {})
+    _write_json(tokenizer_config, named | held | {"model_specific_special_tokens": named})
     # The Pil backend: the stock processor of InternVL also wants a video processor, and that
-    # torchvision.
+    # torchvision. Where there is one, it finds the rest here.
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": prm.tokens_per_tile}
+    _write_json(folder / "processor_config.json", processor)
     GotOcr2ImageProcessorPil(
         size={"height": prm.tile_size, "width": prm.tile_size},
         crop_to_patches=True,
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
     ).save_pretrained(folder)
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weights: Tensor) -> None:

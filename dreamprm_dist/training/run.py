@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -19,7 +20,7 @@ from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.files import whole_folder
+from dreamprm_dist.files import whole_folder, whole_lines
 from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
@@ -34,6 +35,7 @@ from dreamprm_dist.training.export import export_prm, export_weights
 from dreamprm_dist.training.full_pass import mean_loss, raw_weights_now
 from dreamprm_dist.training.loader import RankBatches
 from dreamprm_dist.training.metrics import MetricsWriter, peak_memory_bytes, truncate
+from dreamprm_dist.training.model_card import ModelCard, data_set_counts, origin
 from dreamprm_dist.training.preemption import StopRequest
 from dreamprm_dist.training.resume import checkpoint_to_resume, fit_to_ranks, run_settings
 from dreamprm_dist.training.trackers import Trackers
@@ -72,7 +74,7 @@ class TrainingRun:
         meta_shards: ShardFolder | None,
         device: torch.device,
     ):
-        self.train_shards = train_shards
+        self.train_shards, self.meta_shards = train_shards, meta_shards
         self.folder = Path(config.run.weights_path)
         self.settings = run_settings(config, train_shards, meta_shards)
         self.checkpoint = checkpoint_to_resume(config, self.settings, self.folder / METRICS)
@@ -83,6 +85,7 @@ class TrainingRun:
 
         prm = load_prm(config.model.reward_model, config.model.precision, device)
         self.tokenizer = load_tokenizer(config.model.reward_model)
+        self.origin = origin(config.model.reward_model)
         prm.freeze(config.model.freeze_vision_tower, config.model.freeze_language_model)
         if config.model.gradient_checkpointing:
             prm.checkpoint_activations()
@@ -362,12 +365,24 @@ class TrainingRun:
             raw = reweighter.local_raw_weights()
         return reweighter.gather(raw)
 
+    def _card(self) -> ModelCard:
+        read = {"training": self.train_shards, "meta": self.meta_shards}
+        counts = {
+            kind: data_set_counts(
+                name for s in range(shards.num_shards) for name in shards.read_column(s, "dataset")
+            )
+            for kind, shards in read.items()
+            if shards is not None
+        }
+        metrics = json.loads(whole_lines(self.folder / METRICS)[-1])
+        return ModelCard.of_run(self.config.as_dict(), metrics, self.origin, counts)
+
     def export(self) -> None:
         """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""
         weights = self.instance_weights() if self.config.learns else None
         if distributed.rank() == 0:
             with whole_folder(self.folder / "export") as folder:
-                export_prm(folder, self.trainer.engine.module, self.tokenizer, self.config)
+                export_prm(folder, self.trainer.engine.module, self.tokenizer, self._card())
                 if weights is not None:
                     export_weights(folder, self.train_shards, *weights)
         distributed.barrier()

@@ -127,6 +127,20 @@ def test_the_export_loads_again_and_differs_from_its_start(table_run: Path, tiny
     assert "instance_table" in (table_run / "export" / "README.md").read_text()
 
 
+def test_the_run_exported_again_is_the_same_files(table_run: Path, tmp_path: Path):
+    command = [sys.executable, TRAIN.with_name("export.py"), "--model", table_run, "--output_dir"]
+    done = subprocess.run([*map(str, command), str(tmp_path / "out")], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    first, again = (
+        {file.name: file.read_bytes() for file in folder.iterdir()}
+        for folder in (table_run / "export", tmp_path / "out")
+    )
+    assert first == again
+    card = first["README.md"].decode()
+    assert "base_model" not in card and str(table_run.parent) not in card
+    assert "| training instances | `64` |" in card and "| parity | `" in card
+
+
 def test_every_instance_has_its_weight(table_run: Path, tiny_data_dir: Path):
     weights = pd.read_parquet(table_run / "export" / "instance_weights.parquet")
     records = json.loads((tiny_data_dir / "train.json").read_text())
