@@ -29,6 +29,7 @@ from dreamprm_dist.evaluation.results import Results, write_results
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.prm.tiling import image_tiles
+from dreamprm_dist.training.export import PROCESSOR_TOKENS
 from dreamprm_dist.training.model_card import ModelCard
 
 EXPORT = Path(__file__).resolve().parents[2] / "launch" / "export.py"
@@ -120,6 +121,10 @@ def test_a_language_model_is_refused_before_anything_is_written(
 
 
 def test_what_transformers_alone_reads(tiny_prm_dir: Path) -> None:
+    # At once as transformers writes them when it has read them: a second export is the same.
+    saved = json.loads((tiny_prm_dir / "tokenizer_config.json").read_text())
+    assert PROCESSOR_TOKENS.items() <= saved.items()
+    assert saved["model_specific_special_tokens"] == PROCESSOR_TOKENS
     tokenizer = AutoTokenizer.from_pretrained(tiny_prm_dir)
     assert (tokenizer.start_image_token, tokenizer.context_image_token) == ("<img>", IMAGE_CONTEXT)
     assert len(tokenizer) == len(load_tokenizer(str(tiny_prm_dir)))
