@@ -69,11 +69,10 @@ def perceptual_hash(image: Image.Image) -> np.ndarray | None:
 
     pHash (Zauner, 2010) with 16 x 16 coefficients of the cosine transform of the 64 x 64 grey
     image, each against their median: re-encoding and resizing change few of the 256 bits.
+
+    Args:
+        image: a picture as `decode_image` gives it.
     """
-    if image.has_transparency_data:  # over white, as on a page
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, "white")
-        image.alpha_composite(rgba)
     side = 4 * HASH_SIDE
     small = image.convert("L").resize((side, side), Image.Resampling.LANCZOS)
     pixels = np.asarray(small, dtype=np.float64)

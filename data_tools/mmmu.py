@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import io
 import os
 import re
 import string
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
 from data_tools.dataset_files import read_rows
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
-from dreamprm_dist.data.images import IMAGE_FORMATS, decode_image
+from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.schema import (
     parse_meta_record,
     parse_test_record,
@@ -91,11 +88,11 @@ def question_record(row: dict, image_dir: Path, prefix: str) -> dict:
     for number in map(int, _REFERENCE.findall(question)):
         if number not in present:
             raise RecordError(f"the text speaks of <image {number}>, and there is no such image.")
-    images = [_image_bytes(row[IMAGE_COLUMNS[i - 1]], i) for i in sorted(present)]
+    images = [_image(row[IMAGE_COLUMNS[i - 1]], i) for i in sorted(present)]
     return {
         "id": row["id"],
         "question": question,
-        "image_path": [os.path.join(prefix, _store(data, image_dir)) for data in images],
+        "image_path": [os.path.join(prefix, _store(image_dir, *image)) for image in images],
         "options": options,
         "answer": row["answer"],
         "question_type": row.get("question_type") or ("multiple-choice" if options else "open"),
@@ -130,20 +127,19 @@ def parse_options(value: object) -> list[str]:
     return options
 
 
-def _image_bytes(value: object, number: int) -> bytes:
+def _image(value: object, number: int) -> tuple[bytes, str]:
+    """The image's bytes, and the ending that files of its format have."""
     data = value.get("bytes") if isinstance(value, dict) else None
     if not isinstance(data, bytes):
         raise RecordError(f"image_{number} holds no image bytes; download the data with images.")
     try:
-        decode_image(data)
+        return data, str(decode_image(data).format).lower()
     except RecordError as error:
         raise RecordError(f"image_{number}: {error}") from error
-    return data
 
 
-def _store(data: bytes, image_dir: Path) -> str:
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{image.format.lower()}"
+def _store(image_dir: Path, data: bytes, ending: str) -> str:
+    name = f"{hashlib.sha256(data).hexdigest()[:32]}.{ending}"
     path = image_dir / name
     if not path.exists() or path.stat().st_size != len(data):  # a killed run may have cut it
         path.write_bytes(data)

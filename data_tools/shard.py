@@ -27,6 +27,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data_tools.folders import claim_folder, move_into_place, refuse_existing, work_folder
+from data_tools.reencode import ENCODING
 from data_tools.shard_pieces import Job, Shard, find_blocks, make_block, make_shard
 from data_tools.workers import InOrder, start_workers
 from dreamprm_dist.data.schema import load_json_list, require_file, starts_with_bracket
@@ -43,6 +44,7 @@ class _Accepted(NamedTuple):
     num_records: int
     group_ids: list[int]  # one per record of a meta file; empty for a training file
     num_rejected: int
+    num_on_white: int
 
 
 def shard_file(
@@ -90,7 +92,7 @@ def shard_file(
         "source": {"path": source.name, "sha256": file_sha256(source)},
     }
     # The libraries that encode are part of it: their next release may write other bytes.
-    versions = {"pillow": PIL.__version__, "pyarrow": pa.__version__}
+    versions = {"pillow": PIL.__version__, "pyarrow": pa.__version__, "images": ENCODING}
     work, lock = claim_folder(
         out_dir, overwrite, {**manifest, "image_root": str(root), "versions": versions}
     )
@@ -103,6 +105,7 @@ def shard_file(
             "num_rows": accepted.num_records,
             "num_groups": max(accepted.group_ids) + 1 if accepted.group_ids else None,
             "num_rejected": accepted.num_rejected,
+            "num_on_white": accepted.num_on_white,
         }
         _refuse_empty_shards(source, manifest)
         manifest["shards"] = _make_shards(job, num_shards, accepted, in_order, progress)
@@ -121,11 +124,12 @@ def shard_file(
 
 
 def _summary(out_dir: Path, manifest: dict) -> str:
-    rejected = manifest["num_rejected"]
+    rejected, on_white = manifest["num_rejected"], manifest["num_on_white"]
     return (
         f"{out_dir}: {manifest['num_rows']} {manifest['kind']} records in "
         f"{manifest['num_shards']} shards, {rejected} rejected"
         + (f" (see {out_dir / REJECTED})" if rejected else "")
+        + (f"; {on_white} have an image with transparency, now on white" if on_white else "")
     )
 
 
@@ -170,7 +174,7 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
     blocks = list(find_blocks(job.lines))
     if not blocks:
         raise InputError(f"{source}: holds no record; give a file that has some.")
-    rows, group_ids, num_rejected, first = [], [], 0, ""
+    rows, group_ids, num_rejected, num_on_white, first = [], [], 0, 0, ""
     group_of: dict[str, int] = {}
     total = sum(block.num_records for block in blocks)
     with (
@@ -184,6 +188,7 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
                 file.write(_json_text(entry) + "\n")
                 first = first or f"at line {entry['line']}, because: {entry['reason']}"
             num_rejected += len(made["rejected"])
+            num_on_white += made["on_white"]
             bar.update(made["rows"] + len(made["rejected"]))
     if not any(rows):
         raise InputError(
@@ -191,7 +196,7 @@ def _make_blocks(job: Job, source: Path, in_order: InOrder, progress: bool) -> _
             f"the first, {first}"
         )
     *starts, num_records = accumulate(rows, initial=0)
-    return _Accepted(starts, num_records, group_ids, num_rejected)
+    return _Accepted(starts, num_records, group_ids, num_rejected, num_on_white)
 
 
 def _json_text(entry: dict) -> str:

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.folders import make_once
-from data_tools.reencode import shard_image
-from dreamprm_dist.data.images import MAX_IMAGE_BYTES
+from data_tools.reencode import encoded
+from dreamprm_dist.data.images import MAX_IMAGE_BYTES, ON_WHITE, REDRAWN, read_image
 from dreamprm_dist.data.question_key import question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
@@ -123,8 +123,9 @@ def make_block(job: Job, block: Block) -> dict:
     """Check a block's records and store the good ones.
 
     Returns:
-        ``rows``, the number stored; ``rejected``, a dict of line, id and reason for each of the
-        others; for meta records ``group_keys``, one per row: equal for solutions of one question.
+        ``rows``, the number stored; ``on_white``, how many of them have an image with transparent
+        pixels; ``rejected``, a dict of line, id and reason for each of the others; for meta records
+        ``group_keys``, one per row: equal for solutions of one question.
     """
     note = job.blocks / f"block-{block.number:06d}.json"
     return make_once(job.block_file(block.number), note, partial(_write_block, job, block))
@@ -135,7 +136,7 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
     schema = job.block_schema()
     rejected, group_keys = [], []
     buffer: list[dict] = []
-    num_rows = buffered_bytes = 0
+    num_rows = num_on_white = buffered_bytes = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
         def flush() -> None:
@@ -147,7 +148,7 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
         for line, raw in _block_records(job.lines, block):
             try:
                 record = _PARSERS[job.kind](raw)
-                row = _row(record, job.image_root)
+                row, on_white = _row(record, job.image_root)
                 if job.kind == "meta":
                     group_keys.append(question_key(record, job.image_root))
             except RecordError as error:
@@ -156,13 +157,19 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
                 rejected.append({"line": line, "id": source_id, "reason": str(error)})
                 continue
             num_rows += 1
+            num_on_white += on_white
             buffer.append(row)
             buffered_bytes += sum(map(len, row["images"]))
             if len(buffer) == ROW_GROUP_ROWS or buffered_bytes >= MAX_IMAGE_BYTES:
                 flush()
         if buffer:
             flush()
-    return {"rows": num_rows, "rejected": rejected, "group_keys": group_keys}
+    return {
+        "rows": num_rows,
+        "on_white": num_on_white,
+        "rejected": rejected,
+        "group_keys": group_keys,
+    }
 
 
 def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | RecordError]]:
@@ -174,10 +181,11 @@ def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | Reco
                 return
 
 
-def _row(record: TrainingRecord, image_root: Path) -> dict:
+def _row(record: TrainingRecord, image_root: Path) -> tuple[dict, bool]:
+    """A record's row, and whether transparent pixels of its images were put on white."""
     images = [_shard_image(str(image_root / image), image) for image in record.images]
     # 16 rows of a row group must stay below Arrow's 2 GiB per column.
-    if sum(len(data) for data, _ in images) > MAX_IMAGE_BYTES:
+    if sum(len(data) for data, _, _ in images) > MAX_IMAGE_BYTES:
         raise RecordError(
             f"its {len(images)} images have more than {MAX_IMAGE_BYTES >> 20} MiB together; "
             "use fewer or smaller ones."
@@ -186,16 +194,19 @@ def _row(record: TrainingRecord, image_root: Path) -> dict:
         "source_id": record.source_id,
         "dataset": record.dataset,
         "conversations": json.dumps(record.conversations, ensure_ascii=False),
-        "images": [data for data, _ in images],
-        "image_sizes": [size for _, size in images],
+        "images": [data for data, _, _ in images],
+        "image_sizes": [size for _, size, _ in images],
     }
     if isinstance(record, MetaRecord):
         row |= {"true_false": record.true_false, "response": record.response}
-    return row
+    return row, any(on_white for _, _, on_white in images)
 
 
 # Solutions of one question follow each other and share its images, and decoding is the cost.
-_shard_image = lru_cache(maxsize=16)(shard_image)
+@lru_cache(maxsize=16)
+def _shard_image(path: str, shown: str) -> tuple[bytes, tuple[int, int], bool]:
+    data, picture = read_image(path, shown)
+    return *encoded(data, picture), picture.info.get(REDRAWN) == ON_WHITE
 
 
 def make_shard(job: Job, block_starts: Sequence[int], shard: Shard) -> dict:

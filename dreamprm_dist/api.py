@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreamprm_dist.data.images import decode_image, read_image
+from dreamprm_dist.data.images import as_seen, decode_image, read_image
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.scoring import BestOfN, Scorer
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
@@ -19,8 +19,9 @@ ImageLike = str | Path | bytes | Image.Image
 class PRM(Scorer):
     """A trained process reward model.
 
-    It is given images as paths, as encoded bytes (JPEG, PNG, WEBP, BMP, GIF) or as Pillow images;
-    one image need not be in a list, and None stands for none. Its arguments are those of `Scorer`.
+    It is given images as paths, as encoded bytes (JPEG, PNG, WEBP, BMP, GIF) or as Pillow images of
+    any mode, and takes them `as_seen`; one image need not be in a list, and None stands for none.
+    Its arguments are those of `Scorer`.
     """
 
     def score(
@@ -81,8 +82,10 @@ def _encoded_image(image: ImageLike) -> bytes:
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         try:
-            image.convert("RGB").save(buffer, "PNG")
-        except OSError as error:  # Pillow reads a file's pixels only now
+            as_seen(image).save(buffer, "PNG")
+        except InputError:
+            raise
+        except Exception as error:  # nearly anything: Pillow reads a file's pixels only now
             raise InputError(f"the image cannot be read ({error}); open it again") from error
         return buffer.getvalue()
     if isinstance(image, bytes):

@@ -1,11 +1,10 @@
 """InternVL's dynamic tiling: one image becomes a grid of square tiles and a thumbnail."""
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
 
+from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.prm.grid import num_tiles, tile_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -16,13 +15,16 @@ def image_tiles(data: bytes, max_tiles: int, tile_size: int = 448) -> torch.Tens
     """Decode an image and cut it into normalised tiles.
 
     Args:
-        data: an encoded image, checked when it was sharded (`data.images.decode_image`).
+        data: an encoded image, of which `data.images.decode_image` gives the picture.
 
     Returns:
         float32 tensor of shape (tiles, 3, tile_size, tile_size): the grid row by row, then the
         thumbnail.
+
+    Raises:
+        RecordError: as `decode_image`; not where the image was checked when it was sharded.
     """
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = decode_image(data)
     columns, rows = tile_grid(*image.size, max_tiles, tile_size)
     canvas = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
     tiles = torch.empty(num_tiles(*image.size, max_tiles, tile_size), 3, tile_size, tile_size)

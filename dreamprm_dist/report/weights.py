@@ -106,7 +106,7 @@ def _short(text: str) -> str:
 
 def _thumbnail(data: bytes) -> str:
     try:
-        image = decode_image(data).convert("RGB")
+        image = decode_image(data)
     except RecordError:
         return "<p>(image cannot be shown)</p>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))

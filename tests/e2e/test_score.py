@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,6 +57,24 @@ def test_images_of_every_kind_give_the_same(prm: PRM, image: Path) -> None:
     assert scores == [scores[0]] * len(kinds)
     assert prm.score(None, "What?", ["A", "B"]) != scores[0]
     assert prm.score([image, image], "What?", ["A", "B"]) != scores[0]
+
+
+def test_pillow_images_of_every_mode_give_the_same_where_they_look_the_same(prm: PRM) -> None:
+    """Black ink on white, on nothing, turned, and in 16 bits."""
+    ink = np.zeros((32, 96), np.uint8)
+    ink[8:20, 10:40] = 255
+    clear = Image.merge("LA", [Image.new("L", (96, 32)), Image.fromarray(ink)])
+    paper = Image.fromarray(255 - ink)
+    key = paper.copy()
+    key.info["transparency"] = 255
+    lying = paper.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[274] = 6
+    pictures = [paper, clear, clear.convert("RGBA"), clear.convert("La"), key, lying]
+    pictures += [Image.fromarray(np.asarray(paper) * np.uint16(257)), paper.convert("F")]
+    pictures += [paper.convert("CMYK"), paper.convert("1"), clear.convert("RGBA").convert("RGBa")]
+    scores = [prm.score(picture, "What?", ["A", "B"]) for picture in pictures]
+    assert scores == [scores[0]] * len(pictures)
+    assert prm.score(Image.fromarray(ink), "What?", ["A", "B"]) != scores[0]
 
 
 def test_best_of_n(prm: PRM, image: Path) -> None:

@@ -224,7 +224,7 @@ def test_every_rejected_record_has_a_line_with_its_reason(tmp_path, images, caps
         (record(4, conversations=step[:2]), "id4", "has no step"),
         (record(5, conversations=[*step[:2], {"from": "gpt", "value": "ok"}]), "id5", "'ok'"),
         (record(6, "sparse.png"), "id6", "'sparse.png': larger than 64 MiB"),
-        (record(7, "pipe.png"), "id7", "'pipe.png': no such file"),
+        (record(7, "pipe.png"), "id7", "'pipe.png': is a device or pipe"),
         (record(8, "a\0.png"), "id8", "no such file"),
         (record(9, id="\ud800"), "\ud800", "surrogate"),
         (record(10, id=[1]), None, "'id' must be text"),

@@ -1,0 +1,65 @@
+"""What a file is by its first bytes, so that a message can say what stands in an image's place."""
+
+from __future__ import annotations
+
+from codecs import getincrementaldecoder
+
+_PREFIXES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "a TIFF file"),
+    (b"MM\0*", "a TIFF file"),
+    (b"II+\0", "a TIFF file"),
+    (b"MM\0+", "a TIFF file"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 file"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 file"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL file"),
+    (b"\xff\x0a", "a JPEG XL file"),
+    (b"\0\0\1\0", "an icon (ICO)"),
+    (b"8BPS", "a Photoshop file"),
+    (b"qoif", "a QOI file"),
+    (b"%PDF", "a PDF document"),
+    (b"%!PS", "a PostScript file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a Git LFS pointer (fetch the file with `git lfs pull`)"),
+    *((b"P%d\n" % i, "a PNM file") for i in range(1, 8)),
+)
+_BRANDS = {b"avi": "an AVIF file", b"hei": "a HEIC file", b"hev": "a HEIC file"}
+_BRANDS |= {b"mif": "a HEIC file", b"msf": "a HEIC file"}
+_LOOKED_AT = 1024  # bytes
+
+
+def kind_of_file(data: bytes) -> str | None:
+    """A file's kind in words; for JPEG, PNG, GIF, BMP and WEBP the format's name.
+
+    None: not known.
+    """
+    if not data.strip(b"\0 \t\r\n"):
+        return "a file of zeros or blanks" if data else "an empty file"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:11], "a video")
+    for prefix, kind in _PREFIXES:
+        if data.startswith(prefix):
+            return kind
+    return _kind_of_text(data[:_LOOKED_AT])
+
+
+def _kind_of_text(start: bytes) -> str | None:
+    try:
+        text = getincrementaldecoder("utf-8-sig")().decode(start)  # its last character may be cut
+    except UnicodeDecodeError:
+        return None
+    text = text.lstrip().lower()
+    if "<svg" in text:
+        return "an SVG drawing"
+    if text.startswith(("<!doctype html", "<html", "<head", "<body")):
+        return "an HTML page"
+    if text.startswith("<?xml"):
+        return "an XML file"
+    return "a text file" if all(c.isprintable() or c.isspace() for c in text) else None
