@@ -1,4 +1,4 @@
-"""Image files written byte by byte, so that tests know their pixels without an image library."""
+"""Image files of which tests know the pixels without an image library: most by the byte."""
 
 import io
 import struct
@@ -10,8 +10,33 @@ from PIL import Image
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a PNG's colour types
 
 
+def saved(pixels, format, **options):
+    """What Pillow writes of pixels or of its own image."""
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def random_pixels(*shape, most=255, seed=0):
+    """Levels from 0 to ``most``, the same ones each time."""
+    return np.random.default_rng(seed).integers(0, most + 1, shape).astype(np.uint8)
+
+
+def exif(orientation, endian="<"):
+    """EXIF data with nothing but an orientation."""
+    head = b"II*\0\x08\0\0\0" if endian == "<" else b"MM\0*\0\0\0\x08"
+    return b"Exif\0\0" + head + struct.pack(f"{endian}HHHIHHI", 1, 274, 3, 1, orientation, 0, 0)
+
+
 def png_chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_header(width: int, height: int, depth: int = 8, color_type: int = 2) -> bytes:
+    """How a PNG file begins."""
+    head = struct.pack(">IIBB3x", width, height, depth, color_type)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head)
 
 
 def _scanlines(samples: np.ndarray, depth: int) -> bytes:
@@ -32,9 +57,7 @@ def png(samples, depth=8, color_type=2, before=b"", frames=()):
             which stands for the file's own pixels.
     """
     height, width = samples.shape[:2]
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    parts.append(png_chunk(b"IHDR", struct.pack(">IIBB3x", width, height, depth, color_type)))
-    parts.append(before)
+    parts = [png_header(width, height, depth, color_type), before]
     number = 0
 
     def control(width, height, left, top):
@@ -66,7 +89,9 @@ def bmp(pixels, masks=None):
     if masks:
         head += struct.pack("<4I", *masks) + bytes(52)
     start = 14 + len(head)
-    return b"BM" + struct.pack("<IHHI", start + pixels.nbytes, 0, 0, start) + head + pixels.tobytes()
+    return (
+        b"BM" + struct.pack("<IHHI", start + pixels.nbytes, 0, 0, start) + head + pixels.tobytes()
+    )
 
 
 def gif(indices, palette, screen, at=(0, 0), transparent=None, more=()):
@@ -99,7 +124,9 @@ def webp_animation(frames, screen, at=(0, 0), alpha=False):
     def u24(number):
         return struct.pack("<I", number)[:3]
 
-    body = chunk(b"VP8X", bytes([0x02 | 0x10 * alpha, 0, 0, 0]) + b"".join(u24(n - 1) for n in screen))
+    body = chunk(
+        b"VP8X", bytes([0x02 | 0x10 * alpha, 0, 0, 0]) + b"".join(u24(n - 1) for n in screen)
+    )
     body += chunk(b"ANIM", bytes(6))
     for pixels in frames:
         file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Reading image files from outside, which may be broken or hostile, as the picture that one sees."""
+"""Image files from outside, which may be broken or hostile, and the picture that one sees."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -18,7 +19,7 @@ from dreamprm_dist.errors import RecordError
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_IMAGE_BYTES = 64 << 20  # 16 rows of one such image stay below Arrow's 2 GiB per column chunk
 MAX_PIXELS = 64_000_000
-# Key of a picture's `info`, and what others who read the file may not have done to see the same.
+# Key of a picture's `info`, and what other programs may not do with the file to see the same.
 REDRAWN = "redrawn"
 ON_WHITE, IN_8_BITS, FIRST_FRAME = "on white", "in 8 bits", "the first frame of the animation"
 _TURNS = {
@@ -98,14 +99,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(_with_alpha(data)), formats=IMAGE_FORMATS)
             _check_size(image, max_pixels)
-            if not (isinstance(image, PngImageFile) and image.default_image):
-                picture = as_seen(image, max_pixels)
-            else:  # what stands first in the file is no frame of its animation
-                image.seek(1)
+            if isinstance(image, PngImageFile) and image.default_image and b"fdAT" in data:
+                image.seek(1)  # what stands first in the file is no frame of its animation
                 image.blend_op = Blend.OP_SOURCE
-                picture = as_seen(image, max_pixels)
-                picture.info[REDRAWN] = FIRST_FRAME
+            picture = as_seen(image, max_pixels)
             picture.format = image.format
+            if image.tell():
+                picture.info.setdefault(REDRAWN, FIRST_FRAME)
             return picture
     except RecordError:
         raise
@@ -149,9 +149,9 @@ def as_seen(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         RecordError: zero size, more than ``max_pixels`` pixels, or grey levels that are no
             brightness. Where the image is still to be read from its file, what Pillow raises.
     """
+    _check_size(image, max_pixels)
     key = _transparent_key(image)
     image.load()
-    _check_size(image, max_pixels)
     picture, opaque = _colours_and_opacity(image, key)
     opaque = _within_frame(image, opaque)
     if opaque is not None and opaque.getextrema()[0] != 255:
@@ -162,9 +162,8 @@ def as_seen(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         picture = picture.convert("RGB")
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
-        redrawn = {key: value for key, value in picture.info.items() if key == REDRAWN}
-        picture = picture.transpose(turn)
-        picture.info = redrawn  # the tag stands for what is done
+        redrawn, picture = picture.info.get(REDRAWN), picture.transpose(turn)
+        picture.info = {REDRAWN: redrawn} if redrawn else {}  # without the tag
     return picture
 
 
@@ -236,7 +235,7 @@ def _within_frame(image: Image.Image, opaque: Image.Image | None) -> Image.Image
     return drawn
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # what viewers do not understand they do not apply

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from json_lines import lines, write
+from picture_files import exif, png, png_chunk, saved
 from PIL import Image, ImageDraw
 
 from data_tools.convert import main as convert_main
@@ -249,3 +250,20 @@ def test_copies_are_near_and_different_drawings_far():
         ):
             assert distance(original, copy) <= MAX_DISTANCE
         assert distance(original, encoded(drawing(seed + 100))) > 3 * MAX_DISTANCE
+
+
+def test_a_drawing_is_the_same_in_every_bit_depth_and_whichever_way_it_lies():
+    for seed in range(5):
+        image = drawing(seed)
+        grey = np.asarray(image.convert("L"))[..., None]
+        lying = image.transpose(Image.Transpose.ROTATE_90)
+        for copy in (
+            png(grey * np.uint16(257), 16, 0),
+            png(grey // 17, 4, 0),
+            png(grey // 17, 4, 0, png_chunk(b"tRNS", b"\0\x0f")),  # white is transparent
+            png(grey // 255, 1, 0, png_chunk(b"tRNS", b"\0\1")),
+            saved(lying, "JPEG", exif=exif(6)),
+            saved(lying, "WEBP", exif=exif(6)),
+        ):
+            assert distance(encoded(image), copy) <= MAX_DISTANCE
+        assert distance(encoded(image), encoded(lying)) > MAX_DISTANCE

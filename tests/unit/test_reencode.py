@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from picture_files import exif, gif, png, png_chunk, random_pixels, saved
 from PIL import Image
 
 import data_tools.reencode as reencode
 import data_tools.shard_pieces as pieces
 from data_tools.reencode import KEPT_BYTES, shard_image
-from data_tools.shard import shard_file
-from dreamprm_dist.data.images import read_image
+from data_tools.shard import main, shard_file
+from dreamprm_dist.data.images import as_seen, decode_image, read_image
 from dreamprm_dist.data.shards import REJECTED, ShardFolder
 from dreamprm_dist.errors import RecordError
 from dreamprm_dist.prm.tiling import image_tiles
@@ -144,3 +145,85 @@ def test_a_record_with_too_many_bytes_of_images_is_rejected(tmp_path, monkeypatc
     shard_file(source, tmp_path / "out", "training", 1)
     assert "its 4 images have more than" in (tmp_path / "out" / REJECTED).read_text()
     assert ShardFolder(tmp_path / "out").num_rows == 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small image files of which most need something done to be seen rightly."""
+    folder = tmp_path_factory.mktemp("images")
+    deep = np.linspace(0, 65535, 30 * 40).reshape(30, 40, 1)
+    pixels, four = random_pixels(30, 40, 3), random_pixels(30, 40, 4)
+    for name, data in {
+        "plain.png": saved(pixels, "PNG"),
+        "opaque.png": saved(Image.fromarray(pixels).convert("RGBA"), "PNG"),
+        "turned.jpg": saved(pixels, "JPEG", exif=exif(6)),
+        "turned.png": saved(pixels, "PNG", exif=exif(8)),
+        "cmyk.jpg": saved(Image.fromarray(pixels).convert("CMYK"), "JPEG"),
+        "alpha.png": saved(four, "PNG"),
+        "turned_alpha.png": saved(four, "PNG", exif=exif(5)),
+        "grey_alpha.png": png(four[..., :2], 8, 4),
+        "key.png": png(pixels[..., :1] // 64, 2, 0, png_chunk(b"tRNS", b"\0\3")),
+        "deep.png": png(deep, 16, 0),
+        "animated.png": png(pixels, frames=[(255 - pixels, 0, 0)]),
+        "partial.gif": gif(
+            pixels[:20, :20, 0] // 8, random_pixels(256, 3).tobytes(), (40, 30), (5, 5)
+        ),
+        "alpha.webp": saved(four, "WEBP", lossless=True),
+        "turned.webp": saved(pixels, "WEBP", lossless=True, exif=exif(3)),
+    }.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+KEPT = {"plain.png", "opaque.png", "turned.jpg", "turned.png", "cmyk.jpg"}
+
+
+def test_what_is_stored_shows_the_same_to_all(files):
+    for path in sorted(files.iterdir()):
+        data, picture = read_image(path, path.name)
+        stored, size = shard_image(path, path.name)
+        again = decode_image(stored)
+        assert size == again.size == picture.size, path.name
+        lossy = path.suffix == ".webp"
+        assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).mean() <= 25 * lossy
+        assert (stored == data) == (path.name in KEPT), path.name
+        if path.name not in KEPT:  # any reader sees it so
+            plain = Image.open(io.BytesIO(stored))
+            assert plain.mode == "RGB" and plain.getexif() == {}
+            assert not plain.has_transparency_data and getattr(plain, "n_frames", 1) == 1
+
+
+def test_large_images_are_stored_upright_and_on_white(monkeypatch):
+    monkeypatch.setattr(reencode, "MAX_TILES", 2)
+    pixels = np.full((700, 2800, 4), 0, np.uint8)
+    pixels[:, :1400, 3] = 255
+    pixels[:, :700, 0] = 255
+    for format, data in {
+        "PNG": saved(pixels, "PNG", exif=exif(6)),
+        "JPEG": saved(np.asarray(as_seen(Image.fromarray(pixels))), "JPEG", exif=exif(6)),
+        "WEBP": saved(pixels, "WEBP", exif=exif(6)),
+    }.items():
+        stored, size = reencode.encoded(data, decode_image(data))
+        image = Image.open(io.BytesIO(stored))
+        assert image.size == size and size[1] > size[0], format
+        assert 274 not in image.getexif()
+        colours = [image.getpixel((size[0] // 2, int(y * size[1]))) for y in (0.1, 0.4, 0.8)]
+        expected = [(255, 0, 0), (0, 0, 0), (255, 255, 255)]
+        assert np.abs(np.subtract(colours, expected)).max() < 8, format
+
+
+def test_sharding_counts_what_it_puts_on_white(files, tmp_path, capsys):
+    names = ["plain.png", "alpha.png", "key.png", "alpha.png", "turned.jpg", "deep.png"]
+    turns = '"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "+"}]'
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f'{{"image": "{name}", {turns}}}\n' for name in names))
+    flags = ["--train", source, "--out", tmp_path, "--num_shards", 1, "--image_root", files]
+    main([str(flag) for flag in flags])
+    assert "0 rejected; 3 have an image with transparency, now on white" in capsys.readouterr().out
+    folder = ShardFolder(tmp_path / "train")
+    assert folder.manifest["num_on_white"] == 3
+    rows = [folder.read(0, i) for i in range(len(names))]
+    assert rows[4]["image_sizes"] == [[30, 40]]  # turned
+    for name, row in zip(names, rows, strict=True):
+        seen = read_image(files / name, name)[1]
+        assert decode_image(row["images"][0]).tobytes() == seen.tobytes()
