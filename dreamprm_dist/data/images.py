@@ -216,7 +216,7 @@ def _brightness(levels: np.ndarray, mode: str) -> np.ndarray:
     whites = _WHITE_LEVELS.get(mode, (65535,))
     low, high = levels.min(), levels.max()
     white = next((white for white in whites if high <= white), None)
-    if white is None or not low >= 0:  # nor is NaN
+    if white is None or low < 0:  # NaN exceeds every level
         raise RecordError(
             f"the grey levels of this image of mode {mode} go from {low} to {high}, and which of "
             "them is white is not clear; scale them to 0 to 255."

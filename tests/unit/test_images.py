@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_files import (
     CHANNELS,
@@ -54,6 +54,7 @@ def assert_shows(picture, expected, most=0.51):
     + [(kind, depth) for kind in (0, 2, 4, 6) for depth in (8, 16)],
 )
 @pytest.mark.parametrize("with_key", [False, True])
+@settings(max_examples=20)
 @given(height=st.integers(1, 9), width=st.integers(1, 9), seed=st.integers(0, 999))
 def test_png_of_every_kind(color_type, depth, with_key, height, width, seed):
     rng = np.random.default_rng(seed)
