@@ -25,11 +25,15 @@ def question_key(record: TrainingRecord, image_root: Path) -> str:
     """
     if record.source_id not in NO_ID:
         return f"id {record.source_id}"
-    question = question_turn(record.conversations).partition(SOLUTION_MARK)[0]
-    digest = hashlib.sha256(question.strip().encode("utf-8"))
+    digest = hashlib.sha256(question_text(record).encode("utf-8"))
     for image_digest in image_digests(record, image_root):
         digest.update(image_digest)
     return digest.hexdigest()
+
+
+def question_text(record: TrainingRecord) -> str:
+    """The first human turn, without a first step that stands in it too."""
+    return question_turn(record.conversations).partition(SOLUTION_MARK)[0].strip()
 
 
 def image_digests(record: TrainingRecord, image_root: Path) -> list[bytes]:

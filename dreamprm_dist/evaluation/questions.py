@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dreamprm_dist.data.question_key import image_digests, question_key
+from dreamprm_dist.data.question_key import image_digests, question_key, question_text
 from dreamprm_dist.data.schema import (
     MetaRecord,
     Turn,
@@ -16,8 +16,9 @@ from dreamprm_dist.data.schema import (
     read_json_records,
 )
 from dreamprm_dist.errors import InputError, RecordError
-from dreamprm_dist.evaluation.grading import parse_choice
-from dreamprm_dist.prm.solutions import extract_answer, split_steps, steps_conversation
+from dreamprm_dist.evaluation.answer_keys import parse_options
+from dreamprm_dist.evaluation.grading import votes
+from dreamprm_dist.prm.solutions import split_steps, steps_conversation
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class Question:
     Attributes:
         file, line: where it stands; the line, or the index in a list, counts from 1.
         conversations: of each candidate; one whose text is empty has no step in it.
-        answers: the extracted answers, of multiple choice the letters; None where there is none.
+        answers: the candidates' `votes`: of multiple choice the letters; None where there is none.
         step_labels: for each candidate the label of each step, None where steps have no labels.
     """
 
@@ -75,13 +76,19 @@ def _test_question(path: str, line: int, raw: dict | RecordError) -> Question:
         subject=record.subject,
         images=record.images,
         conversations=[steps_conversation(record.question, solution) for solution in steps],
-        answers=[
-            parse_choice(solution, record.options) if record.options else extract_answer(solution)
-            for solution in record.candidates
-        ],
+        answers=votes(record.candidates, record.options or _written_options(record.question)),
         true_false=record.true_false,
         step_labels=record.step_labels,
     )
+
+
+def _written_options(question: str) -> list[str]:
+    """The options that a question's text ends with, as MMMU's prompts do; none elsewhere."""
+    _, heading, text = question.rpartition("\nOptions:")
+    try:
+        return parse_options(text) if heading else []
+    except RecordError:
+        return []
 
 
 def read_meta_questions(path: str, image_root: Path) -> list[Question]:
@@ -127,7 +134,10 @@ def read_meta_questions(path: str, image_root: Path) -> list[Question]:
             subject=first.dataset,
             images=first.images,
             conversations=[record.conversations for _, record in members],
-            answers=[extract_answer(record.response) for _, record in members],
+            answers=votes(
+                [record.response for _, record in members],
+                _written_options(question_text(first)),
+            ),
             true_false=[record.true_false for _, record in members],
         )
         for members in groups.values()

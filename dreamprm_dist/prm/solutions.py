@@ -1,4 +1,4 @@
-"""A solution's text: its steps, its answer, and the conversation in which the PRM judges it."""
+"""A solution's text: its steps, and the conversation in which the PRM judges it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -25,65 +25,29 @@ justifications.
 
 Your task is to verify the accuracy and correctness of each step in the given solution process."""
 
-_REASONING_MARKER = re.compile(r"\A\s*\[Reasoning\]")
+REASONING_MARKER = re.compile(r"\A\s*\[Reasoning\]")
+_ANSWER = r"[ \t]*[*_#]*[ \t]*(?:Final )?Answer[*_]*:[*_]*"
 # `Answer:` alone on its line belongs to the text that follows it.
-_ANSWER_SPACE = re.compile(r"^([ \t]*Answer:)\s+(?=\S)", re.MULTILINE)
+_ANSWER_SPACE = re.compile(rf"^({_ANSWER})\s+(?=\S)", re.MULTILINE)
 # A step begins after a blank line, at a numbered line (`2. …`, `2) …`) and at the answer. The
 # boundaries consume white space only, so no number can be lost with them.
-_STEP_BOUNDARY = re.compile(r"\n[^\S\n]*\n|\n(?=\d{1,3}[.)]\s)|\n(?=[ \t]*Answer:)")
-
-_ANSWER_MARKER = re.compile(r"^[ \t]*[*#]*[ \t]*Answer[*]*[ \t]*:", re.MULTILINE | re.IGNORECASE)
-_IN_PARENTHESES = re.compile(r"\(([^()]*)\)")
+_STEP_BOUNDARY = re.compile(rf"\n[^\S\n]*\n|\n(?=\d{{1,3}}[.)]\s)|\n(?={_ANSWER})")
 
 
 def split_steps(solution: str) -> list[str]:
     """Split a solution into its steps.
 
     A leading `[Reasoning]` marker is dropped. Steps are separated by blank lines; a line that
-    starts with a number (`2. …`, `2) …`) and an `Answer: …` line also begin a step of their own.
+    starts with a number (`2. …`, `2) …`) and an `Answer: …` line, in markdown or not, also begin a
+    step of their own.
     Every other character is kept but the white space around a step.
 
     Returns:
         The steps in order; empty for a solution without text.
     """
-    text = _REASONING_MARKER.sub("", solution.replace("\r\n", "\n"))
+    text = REASONING_MARKER.sub("", solution.replace("\r\n", "\n"))
     text = _ANSWER_SPACE.sub(r"\1 ", text)
     return [step for part in _STEP_BOUNDARY.split(text) if (step := part.strip())]
-
-
-def extract_answer(solution: str) -> str | None:
-    """The final answer of a solution, normalised so that equal answers are equal strings.
-
-    It is the first line of what follows the last `Answer:`, without surrounding white space,
-    parentheses, full stops and `**`; a single letter is upper case. A solution that is nothing but
-    one letter is its own answer.
-
-    Returns:
-        The answer, or None when there is none: such a solution is "unparsed".
-    """
-    line = answer_line(solution)
-    if line is None:
-        answer = _normalise(_REASONING_MARKER.sub("", solution))
-        return answer if len(answer) == 1 and answer.isalpha() else None
-    return _normalise(line) or None
-
-
-def answer_line(solution: str) -> str | None:
-    """The first line of what follows the last `Answer:` (it may be empty), None without one."""
-    markers = list(_ANSWER_MARKER.finditer(solution))
-    if not markers:
-        return None
-    return solution[markers[-1].end() :].strip().partition("\n")[0]
-
-
-def _normalise(answer: str) -> str:
-    previous = None
-    while answer != previous:
-        previous = answer
-        answer = answer.strip().strip("*").rstrip(".")
-        if match := _IN_PARENTHESES.fullmatch(answer):
-            answer = match[1]
-    return answer.upper() if len(answer) == 1 else answer
 
 
 def step_turns(steps: Iterable[str], labels: Iterable[str | None]) -> list[Turn]:

@@ -20,11 +20,11 @@ from data_tools.demo_data import (
 )
 from data_tools.demo_model import Pretraining, build_tiny_model, data_texts
 from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, parse_training_record
+from dreamprm_dist.evaluation.answers import extract_answer
 from dreamprm_dist.prm.chat import encode_conversation, label_token_ids
 from dreamprm_dist.prm.grid import num_tiles
 from dreamprm_dist.prm.solutions import (
     SYSTEM_PROMPT,
-    extract_answer,
     split_steps,
     steps_conversation,
 )

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamprm_dist.evaluation.grading import grade, parse_choice, parse_open
+from dreamprm_dist.errors import RecordError
+from dreamprm_dist.evaluation.grading import grade, parse_choice
 
 OPTIONS = ["a red fox", "a blue whale", "10 km", "100 km"]
 
@@ -273,17 +274,13 @@ def test_equal_or_empty_options_are_not_found_by_their_text() -> None:
     assert parse_choice("Answer: x", ["", "x"]) == "B"
 
 
-@given(st.text(), st.lists(st.text(max_size=5), max_size=6), st.text(max_size=9))
+@given(st.text(), st.lists(st.text(max_size=5), max_size=6), st.text("1.[' a", min_size=1))
 def test_any_text_is_graded_without_error_and_always_the_same(solution, options, answer) -> None:
-    assert grade(solution, answer, options) is grade(solution, answer, options)
+    key = "A" if options else f"{answer}x"
+    assert grade(solution, key, options) is grade(solution, key, options)
     assert parse_choice(solution, options) in {None, *"ABCDEF"[: len(options)]}
-    parse_open(solution)
 
 
-@pytest.mark.parametrize(
-    "text", ["(" * 50_000, "$" * 50_000, "is " * 20_000, "1," * 30_000, "[" * 9_999]
-)
-def test_hostile_text_takes_no_time(text: str) -> None:
-    for solution in (text, f"Answer: {text}"):
-        grade(solution, "A", OPTIONS)
-        grade(solution, text)
+def test_a_key_that_is_no_option_is_an_error() -> None:
+    with pytest.raises(RecordError, match="'E' is none of the 4 options"):
+        grade("Answer: B", "E", OPTIONS)

@@ -1,4 +1,4 @@
-"""A solution's text: no character lost in splitting, answers that compare, the conversation."""
+"""A solution's text: no character lost in splitting, the conversation."""
 
 import json
 import re
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dreamprm_dist.data.schema import QUESTION_PREFIX
 from dreamprm_dist.prm.solutions import (
     SYSTEM_PROMPT,
-    extract_answer,
     split_steps,
     steps_conversation,
 )
@@ -30,6 +29,9 @@ from dreamprm_dist.prm.solutions import (
         ("a\r\n\r\nb\r\nAnswer: C\r\n", ["a", "b", "Answer: C"]),
         ("a\n\nAnswer:\nC", ["a", "Answer: C"]),
         ("a\n\nAnswer:\n\nC", ["a", "Answer: C"]),
+        ("a\n\n**Answer:**\n\nC", ["a", "**Answer:** C"]),
+        ("a\n**Answer: C**", ["a", "**Answer: C**"]),
+        ("a\n### Final Answer:\n\n42", ["a", "### Final Answer: 42"]),
         ("[Reasoning]\n\n[Reasoning] again", ["[Reasoning] again"]),
         ("The answer: none. Answer: is asked", ["The answer: none. Answer: is asked"]),
         ("A", ["A"]),
@@ -51,45 +53,6 @@ def test_split_steps_loses_white_space_only(text: str) -> None:
     steps = split_steps("[Reasoning]\n" + text)
     assert "".join("".join(steps).split()) == "".join(text.split())
     assert all(step == step.strip() != "" for step in steps)
-
-
-@pytest.mark.parametrize(
-    ("solution", "answer"),
-    [
-        ("So it is.\n\nAnswer: B", "B"),
-        ("Answer: A\n\nNo, wait.\n\nAnswer: c", "C"),
-        ("Answer: (d).", "D"),
-        ("Answer: **(E)**.", "E"),
-        ("**Answer:** B", "B"),
-        ("**Answer: B**", "B"),
-        ("answer: b", "B"),
-        ("Answer:\nC", "C"),
-        ("Answer: C\nbecause of that", "C"),
-        ("Answer: 3.14", "3.14"),
-        ("Answer: C > D > A > B", "C > D > A > B"),
-        ("Answer: (a) or (b)", "(a) or (b)"),
-        ("Answer: no", "no"),
-        ("B", "B"),
-        ("[Reasoning]\n(b)", "B"),
-        ("It is B", None),
-        ("Answer:", None),
-        ("Answer: **.**", None),
-        ("Answer: B\n\nAnswer:", None),
-        ("The final answer: B is wrong", None),
-        ("7", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(solution: str, answer: str | None) -> None:
-    assert extract_answer(solution) == answer
-
-
-@given(st.text(min_size=1))
-def test_a_normalised_answer_is_normal(text: str) -> None:
-    answer = extract_answer(f"Answer: {text}")
-    # A text with a line break is cut there, so it is no answer line of its own.
-    assert answer is None or "\n" not in answer
-    assert answer is None or extract_answer(f"Answer: {answer}") == answer
 
 
 def test_conversation() -> None:
