@@ -6,11 +6,9 @@ A question record is `{"id", "question", "image_path", "options", "answer", "que
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import re
-import string
 from itertools import islice
 from pathlib import Path
 
@@ -24,11 +22,12 @@ from dreamprm_dist.data.schema import (
     require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.evaluation.answer_keys import UNKNOWN, normal_key, parse_options
+from dreamprm_dist.evaluation.choices import LETTERS
 from dreamprm_dist.evaluation.grading import grade
 from dreamprm_dist.prm.solutions import split_steps, steps_conversation
 
 IMAGE_COLUMNS = tuple(f"image_{i}" for i in range(1, 8))
-_MAX_OPTIONS_CHARS = 100_000
 _MMMU_ID = re.compile(r"(?:dev|validation|test)_(\w+)_\d+")  # validation_Art_Theory_12
 _REFERENCE = re.compile(r"<image (\d+)>")
 
@@ -73,16 +72,22 @@ def question_record(row: dict, image_dir: Path, prefix: str) -> dict:
     """One row as a question record; its images are written into ``image_dir``.
 
     Raises:
-        RecordError: no id or question, options that are no list of texts, an image that is broken,
-            or an `<image n>` in the text without such an image.
+        RecordError: no id or question, options that `parse_options` cannot read, an answer that is
+            none of them, an image that is broken, or an `<image n>` in the text without such an
+            image.
     """
-    for key in ("id", "question", "answer"):
+    for key in ("id", "question"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise RecordError(f"{key!r} must be a text.")
     options = parse_options(row.get("options"))
+    if not options and row.get("question_type") == "multiple-choice":
+        raise RecordError("it is a multiple-choice question without 'options'.")
+    answer = row.get("answer")
+    if answer != UNKNOWN:
+        answer = normal_key(answer, options)
     question = f"Question: {row['question']}"
     if options:
-        letters = zip(string.ascii_uppercase, options, strict=False)
+        letters = zip(LETTERS, options, strict=False)
         question += "\n\nOptions: " + " ".join(f"({letter}) {text}" for letter, text in letters)
     present = {i for i, name in enumerate(IMAGE_COLUMNS, 1) if row.get(name) is not None}
     for number in map(int, _REFERENCE.findall(question)):
@@ -94,7 +99,7 @@ def question_record(row: dict, image_dir: Path, prefix: str) -> dict:
         "question": question,
         "image_path": [os.path.join(prefix, _store(image_dir, *image)) for image in images],
         "options": options,
-        "answer": row["answer"],
+        "answer": answer,
         "question_type": row.get("question_type") or ("multiple-choice" if options else "open"),
         "subject": row.get("subject") or _subject_of(row["id"]) or row.get("subfield") or "",
     }
@@ -104,27 +109,6 @@ def _subject_of(question_id: str) -> str:
     """MMMU itself, unlike MMMU-Pro, names the subject in no column but in the id."""
     found = _MMMU_ID.fullmatch(question_id)
     return found[1].replace("_", " ") if found else ""
-
-
-def parse_options(value: object) -> list[str]:
-    """Options from a list, or from a text that spells a Python list; empty when there are none.
-
-    Raises:
-        RecordError: anything else, or more options than letters.
-    """
-    if isinstance(value, str):
-        if len(value) > _MAX_OPTIONS_CHARS:
-            raise RecordError(f"'options' has more than {_MAX_OPTIONS_CHARS} characters.")
-        try:
-            value = ast.literal_eval(value.strip() or "[]")
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise RecordError("'options' is not the text of a Python list.") from error
-    options = [] if value is None else value
-    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
-        raise RecordError("'options' must be a list of texts.")
-    if len(options) > len(string.ascii_uppercase):
-        raise RecordError(f"'options' has {len(options)} entries; there are 26 letters.")
-    return options
 
 
 def _image(value: object, number: int) -> tuple[bytes, str]:
@@ -186,11 +170,18 @@ def join_candidates(
                 found = by_question.pop(str(question.get("id")), [])
                 if not isinstance(question.get("question"), str):
                     raise RecordError("'question' must be a text.")
-                _joined(question, [("Answer: A", False)], kind)  # whether it can be taken at all
+                try:
+                    question, flaw = _gradable(question), None
+                except RecordError as error:
+                    flaw = error
+                try:  # whether it can be taken at all
+                    _joined(question, [("Answer: A", False)], kind)
+                except RecordError as error:
+                    raise flaw or error from None
                 judged = []
                 for candidate_line, candidate in found:
                     try:
-                        right = _is_right(candidate, question)
+                        right = _is_right(candidate, question, flaw)
                         solution = (candidate["response"], bool(right))
                         _joined(question, [solution], kind)
                     except RecordError as error:
@@ -200,7 +191,7 @@ def join_candidates(
                         num_unparsed += right is None
                 if not judged:
                     what = "none of its candidates can be taken" if found else "it has no candidate"
-                    raise RecordError(f"{what}.")
+                    raise flaw or RecordError(f"{what}.")
                 for record in _joined(question, judged, kind):
                     writer.write(with_prefix(record, prefix))
             except RecordError as error:
@@ -211,7 +202,15 @@ def join_candidates(
     return writer, num_unparsed
 
 
-def _is_right(candidate: dict, question: dict) -> bool | None:
+def _gradable(question: dict) -> dict:
+    """The question with its options and its answer as `grade` takes them."""
+    answer, options = question.get("answer"), parse_options(question.get("options"))
+    if answer in (None, UNKNOWN):
+        raise RecordError("the question has no 'answer'; the candidate needs 'true_false'.")
+    return question | {"options": options, "answer": normal_key(answer, options)}
+
+
+def _is_right(candidate: dict, question: dict, flaw: RecordError | None) -> bool | None:
     response = candidate.get("response")
     if not isinstance(response, str):
         raise RecordError("'response' must be a text.")
@@ -220,11 +219,9 @@ def _is_right(candidate: dict, question: dict) -> bool | None:
         return given
     if given is not None:
         raise RecordError("'true_false' must be true or false.")
-    answer, options = question.get("answer"), parse_options(question.get("options"))
-    # The test split of MMMU is published with "?" for every answer.
-    if not isinstance(answer, str) or answer == "?":
-        raise RecordError("the question has no 'answer'; the candidate needs 'true_false'.")
-    return grade(response, answer, options)
+    if flaw:
+        raise flaw
+    return grade(response, question["answer"], question["options"])
 
 
 def _joined(question: dict, judged: list[tuple[str, bool]], kind: str) -> list[dict]:

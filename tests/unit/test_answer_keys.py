@@ -6,7 +6,7 @@ import pytest
 from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.answer_keys import normal_key, parse_options, read_key
 
-TEXTS = ["an oak", "it's, so, b. s", "1 m"]
+TEXTS = ["an oak, b. x", "it's, so, b. s", "1 m"]
 LABELLED = list(zip("ABC", TEXTS, strict=True))
 
 
@@ -17,10 +17,10 @@ LABELLED = list(zip("ABC", TEXTS, strict=True))
         tuple(TEXTS),
         str(TEXTS),
         f" {TEXTS} \n",
-        """["an oak", "it's, so, b. s", "1 m"]""",  # JSON
+        """["an oak, b. x", "it's, so, b. s", "1 m"]""",  # JSON
         str(np.array(TEXTS)),
         repr(np.array(TEXTS, dtype=object)),
-        "['an oak'\n \"it's, so, b. s\" '1 m']",
+        "['an oak, b. x'\n \"it's, so, b. s\" '1 m']",
         "\n".join(TEXTS),
         "\n".join(f"- {text}" for text in TEXTS),
         "\n".join(f"{i}. {text}" for i, text in enumerate(TEXTS, 1)),

@@ -12,7 +12,7 @@ from PIL import Image
 
 import dreamprm_dist.data.schema as schema
 from data_tools.convert import convert_raw, main
-from data_tools.mmmu import parse_options, question_record
+from data_tools.mmmu import question_record
 from data_tools.shard import shard_file
 from dreamprm_dist.data.schema import (
     parse_meta_record,
@@ -327,19 +327,30 @@ def test_subjects(fields, subject, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "options"),
-    [("['a', \"b's, c\"]", ["a", "b's, c"]), ("", []), (None, []), (["x"], ["x"])],
+    ("fields", "answer"),
+    [
+        ({"answer": "(b)"}, "B"),
+        ({"answer": "B, the second"}, None),
+        ({"answer": "B. b"}, "B"),
+        ({"answer": "b.", "options": "A. a\nB. b"}, "B"),
+        ({"answer": "second", "options": "['first' 'second']"}, "B"),
+        ({"answer": ["A", "b"]}, "['A', 'B']"),
+        ({"answer": "C"}, None),
+        ({"answer": " "}, None),
+        ({"answer": None}, None),
+        ({"answer": "?"}, "?"),  # MMMU's test split
+        ({"answer": 42, "options": "[]"}, "42"),
+        ({"answer": ["x", "y"], "options": None}, "['x', 'y']"),
+        ({"options": "[]", "question_type": "multiple-choice"}, None),
+    ],
 )
-def test_options(value, options):
-    assert parse_options(value) == options
-
-
-@pytest.mark.parametrize(
-    "value", ["[1, 2]", "a, b", "[" * 99_000, "['a'" * 90_000, str(["a"] * 27)]
-)
-def test_bad_options(value):
-    with pytest.raises(RecordError, match="'options'"):
-        parse_options(value)
+def test_keys_become_letters_of_their_question(fields, answer, tmp_path):
+    row = {"id": "q1", "question": "Which?", "answer": "A", "options": "['a', 'b']", **fields}
+    if answer is None:
+        with pytest.raises(RecordError, match=r"answer|options"):
+            question_record(row, tmp_path, "")
+    else:
+        assert question_record(row, tmp_path, "")["answer"] == answer
 
 
 def test_candidates_become_test_and_meta_records(questions, tmp_path, capsys):
@@ -437,6 +448,37 @@ def test_a_question_that_cannot_be_graded_needs_the_verdict(questions, tmp_path,
     arguments = ["--candidates", str(source), "--kind", "meta", "--out", str(out)]
     main(["candidates", str(changed), *arguments])
     assert [record["true_false"] for record in lines(out)] == [True]
+
+
+def test_candidates_are_graded_by_any_form_of_key_and_none_by_a_key_that_is_no_option(tmp_path):
+    keys = ["b", "[B]", " B) ", "GREEN", "B: green", "['B', 'A']", "E", "yellow", "A or B", 7, ""]
+    options = ["red", "green"]
+    questions = [
+        {"id": f"q{i}", "question": "Which?", "image_path": [], "options": options, "answer": key}
+        for i, key in enumerate(keys)
+    ]
+    questions[0]["options"] = "(A) red (B) green"
+    replies = ["**Answer:** B", "A. red"]
+    given = [{"id": q["id"], "response": reply} for q in questions for reply in replies]
+    given.append({"id": "q6", "response": "Answer: B", "true_false": True})
+    source, candidates = (
+        write(tmp_path / f"{n}.jsonl", r) for n, r in [("q", questions), ("c", given)]
+    )
+    out = tmp_path / "test.jsonl"
+    arguments = ["--candidates", str(candidates), "--kind", "test", "--out", str(out)]
+    main(["candidates", str(source), *arguments])
+    records = {record["id"]: record for record in lines(out)}
+    assert [records[f"q{i}"]["true_false"] for i in range(5)] == [[True, False]] * 5
+    assert records["q0"]["options"] == options
+    assert {records[f"q{i}"]["answer"] for i in range(5)} == {"B"}
+    assert (records["q5"]["true_false"], records["q5"]["answer"]) == ([True, True], "['B', 'A']")
+    assert records["q6"]["true_false"] == [True]  # a verdict needs no key
+    assert len(records) == 7
+    rejected = lines(out.with_suffix(".rejected.jsonl"))
+    reasons = {entry["id"]: entry["reason"] for entry in rejected if entry["file"] == str(source)}
+    assert list(reasons) == ["q7", "q8", "q9", "q10"]
+    assert all("none of the 2 options" in reasons[x] for x in ("q7", "q8", "q9"))
+    assert "'answer' is empty" in reasons["q10"]
 
 
 # Memory
