@@ -14,7 +14,7 @@ from dreamprm_dist.evaluation.markup import BOX, BOX_END, plain
 from dreamprm_dist.prm.solutions import REASONING_MARKER
 
 _ANSWER = re.compile(
-    r"^[^\w\n]*(?:\d{1,3}[.)] ?)?(?:(?:the|my|final|correct|best)[ _])*ans(?:wer)?(?: is)?"
+    r"^[^\w\n]*(?:\d{1,3}[.)] ?)?(?:(?:the|my|final|correct|best)[ _])*(?:ans(?:wer)?|答案)(?: is)?"
     r"[^\w\n:]*(?::|$)|\"(?:final[ _])?answer\" ?:",
     re.IGNORECASE | re.MULTILINE,
 )
