@@ -163,11 +163,9 @@ def convert_files(
     names = [path.stem for path in inputs]
     if name_dataset and (twice := {name for name in names if names.count(name) > 1}):
         raise InputError(f"several inputs are named {min(twice)}; a data set needs its own name.")
-    if any(path.resolve() == out.resolve() for path in inputs):
-        raise InputError(f"{out}: this would overwrite an input; choose another name.")
     num_unlabelled = 0
     num_found: Counter[int] = Counter()
-    with RecordWriter(out, overwrite) as writer:
+    with RecordWriter(out, overwrite, inputs) as writer:
         for path in inputs:
             root = path.parent if image_root is None else image_root
             prefix = image_prefix(root, out)

@@ -212,15 +212,13 @@ def decontaminate_file(
         FileNotFoundError: a file is missing.
         InputError: a record of ``against`` cannot be read, ``out`` is taken, or nothing is left.
     """
-    if out.resolve() in {path.resolve() for path in (source, *against)}:
-        raise InputError(f"{out}: this would overwrite an input; choose another name.")
     _fingerprint.cache_clear()  # an earlier call's images may have changed since
     protected = Protected(max_distance)
     root = source.parent if image_root is None else image_root
     prefix = image_prefix(root, out)
     num_records: Counter[str] = Counter()
     removed: dict[str, Counter[str]] = defaultdict(Counter)
-    with RecordWriter(out, overwrite) as writer:
+    with RecordWriter(out, overwrite, (source, *against)) as writer:
         for path in against:
             protected.add_file(path, against_image_root)
         for line, raw in read_with_progress(source, limit):

@@ -52,8 +52,10 @@ def write_questions(
     image_dir = out.with_name(f"{out.stem}_images") if image_dir is None else image_dir
     prefix = image_prefix(image_dir, out)
     rows = islice(read_rows(source, split), limit)
+    # Of a folder its data alone: the questions may be put into it.
+    inputs = [source, *source.rglob("*.parquet"), *source.rglob("*.arrow")]
     seen: dict[str, str] = {}
-    with RecordWriter(out, overwrite) as writer:
+    with RecordWriter(out, overwrite, inputs) as writer:
         image_dir.mkdir(parents=True, exist_ok=True)
         for file, line, row in rows:
             try:
@@ -147,11 +149,9 @@ def join_candidates(
         FileNotFoundError: a file is missing.
         InputError: ``out`` is taken, or nothing could be joined.
     """
-    if out.resolve() in (questions.resolve(), candidates.resolve()):
-        raise InputError(f"{out}: this would overwrite an input; choose another name.")
     prefix = image_prefix(questions.parent, out)
     num_unparsed = 0
-    with RecordWriter(out, overwrite) as writer:
+    with RecordWriter(out, overwrite, (questions, candidates)) as writer:
         by_question: dict[str, list[tuple[int, dict]]] = {}
         for line, raw in read_json_records(candidates):
             try:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dreamprm_dist.data.question_key import NO_ID
 from dreamprm_dist.data.schema import read_json_records
 from dreamprm_dist.errors import InputError, RecordError
-from dreamprm_dist.files import whole_file
+from dreamprm_dist.files import refuse_overwriting, whole_file
 
 # Where the archive of VisualPRM400K has an image, after what its annotations say.
 ARCHIVE_RULES = (
@@ -107,16 +107,22 @@ class RecordWriter:
     A context manager: both files appear when the block ends well, neither when it does not. The
     counts are `num_written` and `num_rejected`.
 
+    Args:
+        inputs: files that are read meanwhile, and that neither file may replace.
+
     Raises:
-        InputError: the name does not end in .jsonl, or a file is there and ``overwrite`` is false;
-            at the end of the block: not a single record was written.
+        InputError: the name does not end in .jsonl, it is an input's, or a file is there and
+            ``overwrite`` is false; at the end of the block: not a single record was written.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, overwrite: bool = False, inputs: Iterable[Path] = ()
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
             raise InputError(f"{self.path}: records are written as JSONL; end the name in .jsonl.")
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
+        refuse_overwriting((self.path, self.rejected_path), inputs)
         for existing in (self.path, self.rejected_path):
             if existing.exists() and not overwrite:
                 raise InputError(f"{existing}: is there already; pass --overwrite to replace it.")

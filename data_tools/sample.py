@@ -117,12 +117,10 @@ def sample_file(
     source, out = Path(source), Path(out)
     if n < 1:
         raise InputError(f"the sample must have 1 record or more, not {n}.")
-    if out.resolve() == source.resolve():
-        raise InputError(f"{out}: this would overwrite the input; choose another name.")
     prefix = image_prefix(source.parent, out)
     strata: dict[str, dict[str, list[int]]] = {"+": defaultdict(list), "-": defaultdict(list)}
     left_out: Counter[str] = Counter()
-    with RecordWriter(out, overwrite) as writer:
+    with RecordWriter(out, overwrite, [source]) as writer:
         for line, raw in read_with_progress(source):
             try:
                 dataset, label = _facts(require_object(raw), balance)

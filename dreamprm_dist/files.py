@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from dreamprm_dist.errors import InputError
@@ -18,6 +18,45 @@ from dreamprm_dist.errors import InputError
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+# Names beside an output that are written or cleared before it is whole.
+_UNFINISHED = ("", ".tmp", ".new", ".old")
+
+
+def refuse_overwriting(
+    outputs: Iterable[Path], inputs: Iterable[str | Path | None], into: Path | None = None
+) -> None:
+    """Refuse to write where an input lies, however the two are spelled.
+
+    Files are compared by what they are and not by name: links, hard links and letter case that the
+    file system ignores do not hide them.
+
+    Args:
+        outputs: files and folders that are about to be replaced.
+        inputs: files and folders that are read; what is not there (a hub name), and None, is not.
+        into: a folder that the outputs go into; its other files stay.
+
+    Raises:
+        InputError: an input is an output, or lies in one, or is the folder `into`.
+    """
+    names = (Path(f"{path}{end}") for path in outputs for end in _UNFINISHED)
+    there = [name for name in names if name.exists()]
+    for given in filter(None, inputs):
+        path = Path(str(given))
+        places = {path, *path.absolute().parents, *path.resolve().parents}
+        for output in there:
+            if any(_is_same(place, output) for place in places):
+                raise InputError(
+                    f"{output}: this would overwrite the input {path}; choose another name."
+                )
+        if into and _is_same(path, into):
+            raise InputError(f"{into}: is read as an input; choose another folder to write into.")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import yaml
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.results import read_results
-from dreamprm_dist.files import whole_folder, whole_lines
+from dreamprm_dist.files import refuse_overwriting, whole_folder, whole_lines
 from dreamprm_dist.flags import flag, parse_args, run
 from dreamprm_dist.prm.layout import to_original_config
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -42,6 +42,7 @@ class ExportConfig:
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ExportConfig,), argv, "Write a PRM in either InternVL3 layout.")
     out, original = Path(config.output_dir), config.layout == "original"
+    refuse_overwriting([out], [config.model, config.results])
     if out.exists():
         raise InputError(f"{out} already exists; choose another output_dir or remove it")
     source = fetch_model(config.model)

@@ -7,9 +7,10 @@ import torch
 from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import MANIFEST, ShardFolder
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
 from dreamprm_dist.training.config import DataConfig, TrainConfig, parse_train_config
-from dreamprm_dist.training.run import TrainingRun
+from dreamprm_dist.training.run import METRICS, TrainingRun
 
 SHARDS_BELOW = {"training": "train", "meta": "meta"}  # as data_tools.shard names the folders
 
@@ -33,14 +34,20 @@ def open_shards(path: str, kind: str, config: DataConfig) -> ShardFolder:
 
 
 def train(config: TrainConfig, device: torch.device) -> None:
-    train_shards = open_shards(config.data.train_json_file, "training", config.data)
+    data, folder = config.data, Path(config.run.weights_path)
+    refuse_overwriting(
+        (folder / name for name in ("export", "checkpoints", "config.yaml", METRICS)),
+        [config.model.reward_model, data.train_json_file, data.meta_json_file],
+        into=folder,
+    )
+    train_shards = open_shards(data.train_json_file, "training", data)
     meta_shards = None
     if config.reads_meta:
-        meta_shards = open_shards(config.data.meta_json_file, "meta", config.data)
+        meta_shards = open_shards(data.meta_json_file, "meta", data)
     if config.run.dry_run:
         TrainingRun(config, train_shards, meta_shards, device)
         return
-    with distributed.sole_use(Path(config.run.weights_path)):
+    with distributed.sole_use(folder):
         TrainingRun(config, train_shards, meta_shards, device).train()
 
 

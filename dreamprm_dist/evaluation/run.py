@@ -27,12 +27,14 @@ from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.evaluation.scoring_config import FileScoringConfig, prm_name
 from dreamprm_dist.evaluation.table import text_table
-from dreamprm_dist.files import json_line, write_whole
+from dreamprm_dist.files import json_line, refuse_overwriting, write_whole
 from dreamprm_dist.flags import Count, flag
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_tokenizer
 
 ON_META = "meta"
+RESULTS, SCORES, REJECTED = "results.json", "scores.jsonl", "rejected.jsonl"
+CONFIG, PARTS = "config.yaml", "parts"
 
 
 @dataclass
@@ -80,6 +82,12 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a flag, a file or a model cannot be used, or no question was scored.
     """
     models, out = labelled(config.model), Path(config.output_dir)
+    run_configs = (Path(model).parent / CONFIG for model in models.values())  # of their runs
+    refuse_overwriting(
+        (out / name for name in (RESULTS, SCORES, REJECTED, CONFIG, PARTS)),
+        [config.test_json_file, config.meta_json_file, *models.values(), *run_configs],
+        into=out,
+    )
     test = list(islice(read_test_questions(config.test_json_file), config.limit or None))
     meta = []
     if config.meta_json_file:
@@ -94,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> str:
             return _plan(config, models, test, meta) if rank() == 0 else ""
         files = {"test_json_file": config.test_json_file, "meta_json_file": config.meta_json_file}
         settings = config.settings(models, files, device) | {"image_root": config.image_root}
-        journal = ScoreJournal(out / "parts", settings)
+        journal = ScoreJournal(out / PARTS, settings)
         journal.start()
         for label, model in models.items():
             questions = (
@@ -189,7 +197,7 @@ def _write(
                 continue
             question = Rejected(question.line, question.id, reason)
         rejected.append(question)
-    write_whole(out / "rejected.jsonl", "".join(json_line(r._asdict()) for r in rejected))
+    write_whole(out / REJECTED, "".join(json_line(r._asdict()) for r in rejected))
     if not questions:
         why = "all {} records were rejected, the first at line {}: {}"
         raise InputError(
@@ -209,10 +217,10 @@ def _write(
         num_rejected=len(rejected),
         num_unscored=len({(c.question, c.candidate) for p in prms.values() for c in p if c.error}),
     )
-    write_whole(out / "scores.jsonl", "".join(_score_lines(prms)))
-    write_results(out / "results.json", results)
+    write_whole(out / SCORES, "".join(_score_lines(prms)))
+    write_results(out / RESULTS, results)
     flags = {name: value for name, value in vars(config).items() if name != "local_rank"}
-    write_whole(out / "config.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
+    write_whole(out / CONFIG, yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
     return f"{text_table(results)}\nResults are in {out}\n"
 
 

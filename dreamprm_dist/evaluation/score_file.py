@@ -15,7 +15,7 @@ from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.evaluation.scoring_config import FileScoringConfig, prm_name
-from dreamprm_dist.files import json_line, whole_file
+from dreamprm_dist.files import json_line, refuse_overwriting, whole_file
 from dreamprm_dist.flags import flag
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_tokenizer
@@ -45,8 +45,10 @@ def score_file(config: ScoreConfig) -> str:
     Raises:
         InputError: a flag or the model cannot be used, or a score is not a number.
     """
-    records = _records(config)
     output, name = Path(config.output), prm_name(config.model)
+    parts = output.with_name(output.name + ".parts")
+    refuse_overwriting([output, parts], [config.input, config.model], into=output.parent)
+    records = _records(config)
     with config.joined() as device:
         if config.dry_run:
             load_tokenizer(config.model)
@@ -58,7 +60,7 @@ def score_file(config: ScoreConfig) -> str:
             "image_root": config.image_root,
             "aggregation_function": config.aggregation_function,
         }
-        journal = ScoreJournal(output.with_name(output.name + ".parts"), settings)
+        journal = ScoreJournal(parts, settings)
         journal.start()
         mine = journal.mine(((line,), record) for line, record in records)
         journal.score(name, mine, partial(_score, config, scorer))

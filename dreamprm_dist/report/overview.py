@@ -11,6 +11,7 @@ import matplotlib
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.results import Results, read_results
+from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.report.accuracy import (
     figure_by_n,
     figure_intervals,
@@ -54,6 +55,11 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     Raises:
         InputError: a folder holds no run, or a file is not what it should be.
     """
+    read = (
+        *("metrics.jsonl", "config.yaml", "export/instance_weights.parquet"),
+        "evaluation/results.json",
+    )
+    refuse_overwriting([out], [results, *(folder / name for folder in folders for name in read)])
     for folder in folders:
         if not (folder / "metrics.jsonl").is_file():
             raise InputError(
