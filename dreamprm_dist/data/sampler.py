@@ -6,6 +6,8 @@ s with s mod W == r. With S and G multiples of W every rank gets G / W draws of 
 and the content of the batch does not depend on W.
 """
 
+import math
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,21 +16,37 @@ import numpy as np
 from dreamprm_dist.errors import InputError
 
 
-def check_divisible(folder: Path, num_shards: int, global_batch_size: int, world_size: int) -> None:
-    """Refuse a world size that cannot share a folder's shards and the global batch evenly.
+def ranks_that_work(*numbers: int) -> str:
+    """The numbers of ranks that divide all of ``numbers``, as text: ``1, 2 or 4 ranks``."""
+    common = math.gcd(*numbers)
+    *others, last = (str(n) for n in range(1, common + 1) if common % n == 0)
+    return f"{', '.join(others)} or {last} ranks" if others else f"{last} rank"
+
+
+def check_ranks(
+    num_shards: Mapping[Path, int], world_size: int, global_batch_sizes: Collection[int] = ()
+) -> None:
+    """Refuse a world size that cannot share all shards and global batches evenly.
+
+    Args:
+        num_shards: of each folder that the run reads.
+        global_batch_sizes: those that the run has already; at its start they follow from the ranks.
 
     Raises:
-        InputError: naming the nearest world sizes that work.
+        InputError: naming all world sizes that work.
     """
-    common = np.gcd(num_shards, global_batch_size)
-    if common % world_size:
-        works = [w for w in range(1, common + 1) if common % w == 0]
-        nearest = sorted(works, key=lambda w: abs(w - world_size))[:3]
-        raise InputError(
-            f"{folder}: {world_size} ranks cannot share {num_shards} shards and a global batch of "
-            f"{global_batch_size} evenly; use one of {sorted(nearest)} ranks, or shard again with "
-            f"a multiple of {world_size} shards"
-        )
+    numbers = [*num_shards.values(), *global_batch_sizes]
+    if all(number % world_size == 0 for number in numbers):
+        return
+    shared = [f"{count} shards ({folder})" for folder, count in num_shards.items()]
+    shared += [f"a global batch of {size}" for size in global_batch_sizes]
+    again = ""
+    if any(count % world_size for count in num_shards.values()):
+        again = f", or shard again with a multiple of {world_size} shards"
+    raise InputError(
+        f"{world_size} ranks cannot share {' and '.join(shared)} evenly; use "
+        f"{ranks_that_work(*numbers)}{again}"
+    )
 
 
 def check_every_shard_learns(

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from dreamprm_dist import distributed
-from dreamprm_dist.data.sampler import check_divisible
+from dreamprm_dist.data.sampler import check_ranks
 from dreamprm_dist.data.shards import MANIFEST as SHARD_MANIFEST
 from dreamprm_dist.data.shards import ShardFolder, file_sha256
 from dreamprm_dist.errors import InputError
@@ -87,9 +87,8 @@ def fit_to_ranks(
         InputError: this number of ranks cannot share them, naming numbers that can.
     """
     sizes, ranks = checkpoint.state["global_batch_sizes"], distributed.world_size()
-    for size, shards in zip(sizes.values(), (train_shards, meta_shards), strict=False):
-        assert shards is not None  # whose batches have a size
-        check_divisible(shards.path, shards.num_shards, size, ranks)
+    folders = filter(None, (train_shards, meta_shards))
+    check_ranks({f.path: f.num_shards for f in folders}, ranks, sizes.values())
     fitted = config.with_global_batch_sizes(sizes, ranks)
     if fitted != config:
         lower = fitted.lower

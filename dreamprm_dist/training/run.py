@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset, hold_out
-from dreamprm_dist.data.sampler import check_divisible, check_every_shard_learns
+from dreamprm_dist.data.sampler import check_every_shard_learns, check_ranks
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import whole_folder, whole_lines
@@ -80,6 +80,9 @@ class TrainingRun:
         self.checkpoint = checkpoint_to_resume(config, self.settings, self.folder / METRICS)
         if self.checkpoint:
             config = fit_to_ranks(config, self.checkpoint, train_shards, meta_shards)
+        else:
+            folders = filter(None, (train_shards, meta_shards))
+            check_ranks({f.path: f.num_shards for f in folders}, distributed.world_size())
         self.config, self.device = config, device
         torch.manual_seed(config.run.seed)
 
@@ -162,7 +165,6 @@ class TrainingRun:
     ) -> RankBatches:
         world_size = distributed.world_size()
         global_batch_size = batch_size * accumulation * world_size
-        check_divisible(shards.path, shards.num_shards, global_batch_size, world_size)
         batches = RankBatches(
             shards=shards,
             tokenizer=self.tokenizer,
