@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 from data_tools.folders import make_once
 from data_tools.reencode import encoded
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES, ON_WHITE, REDRAWN, read_image
-from dreamprm_dist.data.question_key import question_key
+from dreamprm_dist.data.question_key import NO_ID, question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
     TrainingRecord,
@@ -53,6 +55,8 @@ _WRITER_OPTIONS = {
     "use_dictionary": False,
     "write_statistics": False,
 }
+UNLABELLED = "unlabelled"
+STEP_LABELS = ("+", "-", UNLABELLED)
 _NUMBERED = ("sample_id", "group_id")  # known when all blocks are made
 
 
@@ -79,16 +83,20 @@ class Job:
     """A source and how it is sharded, the same for all pieces.
 
     Attributes:
+        source: its name, for records without an id.
         lines: the source as JSONL.
         kind: "training" or "meta".
         image_root: folder that image paths start from.
         work: folder for the pieces.
+        dry_run: check and count, and store nothing.
     """
 
+    source: str
     lines: Path
     kind: str
     image_root: Path
     work: Path
+    dry_run: bool = False
 
     @property
     def blocks(self) -> Path:
@@ -105,12 +113,12 @@ class Job:
         return pa.schema([field for field in SCHEMAS[self.kind] if field.name not in _NUMBERED])
 
 
-def find_blocks(lines: Path) -> Iterator[Block]:
-    """Cut a JSONL file into blocks; where it is cut depends on the file alone."""
+def find_blocks(lines: Path, limit: int | None = None) -> Iterator[Block]:
+    """Cut a JSONL file, or its first ``limit`` records, into blocks; always at the same places."""
     index = start = count = 0
     line = 1
     with lines.open("rb") as file:
-        for number, _ in json_lines(file):
+        for number, _ in islice(json_lines(file), limit):
             count += 1
             if count == BLOCK_RECORDS or file.tell() - start >= BLOCK_BYTES:
                 yield Block(index, start, file.tell(), line, count)
@@ -120,23 +128,42 @@ def find_blocks(lines: Path) -> Iterator[Block]:
 
 
 def make_block(job: Job, block: Block) -> dict:
-    """Check a block's records and store the good ones.
-
-    Returns:
-        ``rows``, the number stored; ``on_white``, how many of them have an image with transparent
-        pixels; ``rejected``, a dict of line, id and reason for each of the others; for meta records
-        ``group_keys``, one per row: equal for solutions of one question.
-    """
+    """Check a block's records and store the good ones; returns the fields of `Tally`."""
+    if job.dry_run:
+        tally = Tally()
+        deque(_checked_rows(job, block, tally), maxlen=0)
+        return asdict(tally)
     note = job.blocks / f"block-{block.number:06d}.json"
     return make_once(job.block_file(block.number), note, partial(_write_block, job, block))
 
 
+@dataclass
+class Tally:
+    """What is in a block.
+
+    Attributes:
+        rows: number of good records.
+        on_white: how many of them have an image with transparent pixels.
+        rejected: line, id and reason of each of the others.
+        steps: number of steps with each label.
+        unlabelled: number of records without any labelled step.
+        group_keys: of each meta record, equal for solutions of one question.
+        right: number of meta records whose final answer is right.
+    """
+
+    rows: int = 0
+    on_white: int = 0
+    rejected: list[dict] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEP_LABELS, 0))
+    unlabelled: int = 0
+    group_keys: list[str] = field(default_factory=list)
+    right: int = 0
+
+
 def _write_block(job: Job, block: Block, path: Path) -> dict:
-    _shard_image.cache_clear()  # an earlier block's images may have changed since
-    schema = job.block_schema()
-    rejected, group_keys = [], []
+    schema, tally = job.block_schema(), Tally()
     buffer: list[dict] = []
-    num_rows = num_on_white = buffered_bytes = 0
+    buffered_bytes = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
         def flush() -> None:
@@ -145,31 +172,40 @@ def _write_block(job: Job, block: Block, path: Path) -> dict:
             buffer.clear()
             buffered_bytes = 0
 
-        for line, raw in _block_records(job.lines, block):
-            try:
-                record = _PARSERS[job.kind](raw)
-                row, on_white = _row(record, job.image_root)
-                if job.kind == "meta":
-                    group_keys.append(question_key(record, job.image_root))
-            except RecordError as error:
-                source_id = raw.get("id") if isinstance(raw, dict) else None
-                source_id = source_id if isinstance(source_id, str | int) else None
-                rejected.append({"line": line, "id": source_id, "reason": str(error)})
-                continue
-            num_rows += 1
-            num_on_white += on_white
+        for row in _checked_rows(job, block, tally):
             buffer.append(row)
             buffered_bytes += sum(map(len, row["images"]))
             if len(buffer) == ROW_GROUP_ROWS or buffered_bytes >= MAX_IMAGE_BYTES:
                 flush()
         if buffer:
             flush()
-    return {
-        "rows": num_rows,
-        "on_white": num_on_white,
-        "rejected": rejected,
-        "group_keys": group_keys,
-    }
+    return asdict(tally)
+
+
+def _checked_rows(job: Job, block: Block, tally: Tally) -> Iterator[dict]:
+    """The rows of a block's good records; ``tally`` counts them and lists the others."""
+    _shard_image.cache_clear()  # an earlier block's images may have changed since
+    for line, raw in _block_records(job.lines, block):
+        place = f"{job.source}:{line}"
+        try:
+            record = _PARSERS[job.kind](raw)
+            row, on_white = _row(record, place, job.image_root)
+            if isinstance(record, MetaRecord):
+                tally.group_keys.append(question_key(record, job.image_root))
+                tally.right += record.true_false
+        except RecordError as error:
+            source_id = raw.get("id") if isinstance(raw, dict) else None
+            named = isinstance(source_id, str | int) and str(source_id) not in NO_ID
+            rejected = {"line": line, "id": source_id if named else place, "reason": str(error)}
+            tally.rejected.append(rejected)
+            continue
+        labels = [turn["value"] for turn in record.conversations if turn["from"] == "gpt"]
+        for label in labels:
+            tally.steps[label or UNLABELLED] += 1
+        tally.unlabelled += not any(labels)
+        tally.rows += 1
+        tally.on_white += on_white
+        yield row
 
 
 def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | RecordError]]:
@@ -181,7 +217,7 @@ def _block_records(lines: Path, block: Block) -> Iterator[tuple[int, dict | Reco
                 return
 
 
-def _row(record: TrainingRecord, image_root: Path) -> tuple[dict, bool]:
+def _row(record: TrainingRecord, place: str, image_root: Path) -> tuple[dict, bool]:
     """A record's row, and whether transparent pixels of its images were put on white."""
     images = [_shard_image(str(image_root / image), image) for image in record.images]
     # 16 rows of a row group must stay below Arrow's 2 GiB per column.
@@ -191,7 +227,7 @@ def _row(record: TrainingRecord, image_root: Path) -> tuple[dict, bool]:
             "use fewer or smaller ones."
         )
     row: dict[str, object] = {
-        "source_id": record.source_id,
+        "source_id": place if record.source_id in NO_ID else record.source_id,
         "dataset": record.dataset,
         "conversations": json.dumps(record.conversations, ensure_ascii=False),
         "images": [data for data, _, _ in images],

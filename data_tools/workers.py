@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +15,23 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from dreamprm_dist.errors import InputError
+from dreamprm_dist.errors import BAD_INPUT, InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 InOrder = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]
 
 AHEAD = 3  # items per worker that are under way or wait for their turn: bounds what is held
+
+
+def leads() -> bool:
+    """Whether this process is the one that speaks: all but mpirun's ranks above 0 are."""
+    return _of_mpirun("RANK", 0) == 0
+
+
+def _of_mpirun(what: str, default: int) -> int:
+    names = (f"OMPI_COMM_WORLD_{what}", f"PMI_{what}")
+    return int(next(filter(None, map(os.environ.get, names)), default))
 
 
 @contextmanager
@@ -34,9 +46,11 @@ def start_workers(count: int) -> Iterator[InOrder | None]:
     """
     if count < 1:
         raise InputError(f"the number of workers must be 1 or more, not {count}.")
-    ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+    ranks = _of_mpirun("SIZE", 1)
     if ranks > 1:
         if count > 1:
+            if not leads():
+                sys.exit(BAD_INPUT)
             raise InputError("under mpirun the ranks are the workers; leave out --workers.")
         # mpi4py initialises MPI on import, which only a process that mpirun started should do.
         from mpi4py import MPI
@@ -49,7 +63,7 @@ def start_workers(count: int) -> Iterator[InOrder | None]:
     elif count > 1:
         # spawn: a forked worker would inherit locks, and the threads of whoever calls this.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, context, initializer=_end_with_parent) as executor:
+        with ProcessPoolExecutor(count, context, initializer=_start_worker) as executor:
             yield partial(_in_order, executor, AHEAD * count)
     else:
         yield map
@@ -76,8 +90,9 @@ def _in_order(
             future.cancel()
 
 
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for ever."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a worker of a killed one would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import data_tools.folders as folders
-import data_tools.shard as shard_module
 import data_tools.shard_pieces as pieces
+import data_tools.sharding as sharding
 import dreamprm_dist.data.schema as schema
 from data_tools.folders import claim_folder, make_once
 from data_tools.shard import main, shard_file
@@ -234,23 +234,34 @@ def test_an_error_of_the_machine_keeps_the_work_and_one_of_the_input_does_not(tr
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_command_killed_in_its_second_job_keeps_the_first(train, tmp_path, monkeypatch):
-    meta = write_jsonl(tmp_path / "meta.jsonl", [record(i, true_false=True) for i in range(8)])
+@pytest.mark.parametrize(
+    ("function", "before", "again"),
+    [
+        ("make_block", [], ["meta", "training"]),  # the meta set's block is looked at again
+        ("make_shard", ["meta"], ["training"]),
+    ],
+)
+def test_a_command_killed_in_its_second_job_keeps_the_first(
+    train, tmp_path, monkeypatch, function, before, again
+):
+    meta = write_jsonl(tmp_path / "meta.jsonl", [record(i, true_false=i > 3) for i in range(8)])
     out = tmp_path / "out"
-    command = ["--train", str(train), "--meta", str(meta), "--out", str(out), "--num_shards", "4"]
+    command = ["--train", str(train), "--meta", str(meta), "--out", str(out), "--num_shards", "1"]
     calls = []
 
-    def make_block(job, block):
+    def make(job, *rest):
         calls.append(job.kind)
-        if calls == ["training", "meta"]:
+        if calls == ["meta", "training"]:
             raise Killed
-        return pieces.make_block(job, block)
+        return getattr(pieces, function)(job, *rest)
 
-    monkeypatch.setattr(shard_module, "make_block", make_block)
+    monkeypatch.setattr(sharding, function, make)
     with pytest.raises(Killed):
         main(command)
+    assert [path.name for path in out.iterdir() if path.suffix != ".partial"] == before
     main(command)
-    assert calls == ["training", "meta", "meta"]
+    assert calls == ["meta", "training", *again]
+    assert sorted(path.name for path in out.iterdir()) == ["meta", "train"]
     assert ShardFolder(out / "meta").num_rows == 8
     with pytest.raises(InputError, match="--overwrite"):
         main(command)

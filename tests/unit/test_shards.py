@@ -150,12 +150,13 @@ def test_repeated_ids_and_minus_one_keep_their_own_sample_id(tmp_path):
     shard_file(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "out", "training", 1)
     folder = ShardFolder(tmp_path / "out")
     assert folder.read_column(0, "sample_id") == list(range(6))
-    assert folder.read_column(0, "source_id") == ["x", "x", "-1", "-1", "", "7"]
+    places = [f"a.jsonl:{line}" for line in (3, 4, 5)]
+    assert folder.read_column(0, "source_id") == ["x", "x", *places, "7"]
     assert folder.read(0, 0)["images"] == []
 
 
 def test_several_images_keep_their_order(tmp_path, images):
-    records = [record(0, [images[3], images[1], images[3]])]
+    records = [record(1, [images[3], images[1], images[3]])]
     shard_file(write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "out", "training", 1)
     row = ShardFolder(tmp_path / "out").read(0, 0)
     assert row["image_sizes"] == [[13, 8], [11, 8], [13, 8]]
@@ -217,7 +218,7 @@ def test_every_rejected_record_has_a_line_with_its_reason(tmp_path, images, caps
     os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
     step = record(4)["conversations"]
     bad = [
-        ('{"id": "broken"', None, "not valid JSON"),
+        ('{"id": "broken"', "a.jsonl:2", "not valid JSON"),
         (record(1, "missing.png"), "id1", "'missing.png': no such file"),
         (record(2, "cut.png"), "id2", "'cut.png': the image is truncated or broken"),
         (record(3, "page.png"), "id3", "'page.png': not an image"),
@@ -227,7 +228,7 @@ def test_every_rejected_record_has_a_line_with_its_reason(tmp_path, images, caps
         (record(7, "pipe.png"), "id7", "'pipe.png': is a device or pipe"),
         (record(8, "a\0.png"), "id8", "no such file"),
         (record(9, id="\ud800"), "\ud800", "surrogate"),
-        (record(10, id=[1]), None, "'id' must be text"),
+        (record(10, id=[1]), "a.jsonl:12", "'id' must be text"),
     ]
     source = write_jsonl(
         tmp_path / "a.jsonl", [record(0, images[0]), *(b for b, _, _ in bad), record(99)]
