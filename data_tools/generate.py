@@ -12,216 +12,33 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import json
-import os
+import signal
 import sys
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
-try:
-    from openai import (
-        APIStatusError,
-        AsyncOpenAI,
-        AuthenticationError,
-        NotFoundError,
-        OpenAIError,
-        PermissionDeniedError,
-    )
-except ModuleNotFoundError:
-    sys.exit("error: the openai client is not installed; pip install -e .[generate]")
-
+from data_tools.candidate_requests import (
+    KEY_VARIABLE,
+    CandidateRequests,
+    Sampling,
+    candidate_requests,
+    connect,
+)
 from data_tools.journal import Journal
 from data_tools.record_files import RecordWriter, add_output
-from data_tools.reencode import shard_image
-from dreamprm_dist.data.schema import parse_test_record, read_json_records, require_object
-from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.errors import InputError
+from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
 
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletionContentPartParam
-
-PROMPT = """\
-Solve the problem below, step by step. First write [Reasoning] and your reasoning, with a blank \
-line between its steps. Then, after a blank line, write one last line "Answer: X", where X is the \
-letter of the right option, or the final answer alone where there are no options.
-
-"""
-KEY_VARIABLE = "OPENAI_API_KEY"
-FAILURES_IN_A_ROW = 20  # after which the server is taken to be down
-# The next request would not be answered either; and this very one would never be.
-_HOPELESS_SERVER = (AuthenticationError, PermissionDeniedError, NotFoundError)
-_HOPELESS_REQUEST = (400, 413, 422)
+EMPTY = ("keep", "reject")
+INTERRUPTED = 128 + signal.SIGINT  # exit code, as a shell has it
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling of candidates, the same for all of a file.
-
-    Attributes:
-        model: the server's name of the model.
-        temperature: 0 takes the likeliest token.
-        max_tokens: length of the longest candidate in tokens.
-    """
-
-    model: str
-    temperature: float
-    max_tokens: int
-
-
-class CandidateRequest(NamedTuple):
-    """Sample number ``sample`` of the question at a line of its file."""
-
-    line: int
-    id: str
-    sample: int
-    question: str
-    images: tuple[str, ...]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """The key of its answer in the journal."""
-        return self.id, self.sample
-
-
-def candidate_requests(questions: Path, n: int) -> tuple[list[CandidateRequest], list[tuple]]:
-    """The requests, n per question, and (line, record, reason) of each record that is no question.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    requests: list[CandidateRequest] = []
-    rejected: list[tuple] = []
-    seen: set[str] = set()
-    for line, raw in read_json_records(questions):
-        try:
-            no_candidates = {"candidates": [""], "true_false": [False]}
-            record = parse_test_record(no_candidates | require_object(raw))
-            if not record.id or record.id in seen:
-                raise RecordError("every question needs an 'id' of its own.")
-        except RecordError as error:
-            rejected.append((line, raw, str(error)))
-            continue
-        seen.add(record.id)
-        images = tuple(record.images)
-        requests += [
-            CandidateRequest(line, record.id, sample, record.question, images)
-            for sample in range(n)
-        ]
-    return requests, rejected
-
-
-class CandidateRequests:
-    """The requests of one run, some of them at a time.
-
-    Attributes:
-        rejected: candidates that this server will never give, with the reason.
-        failed: candidates that did not come, however often they were asked for.
-    """
-
-    def __init__(
-        self, client: AsyncOpenAI, sampling: Sampling, image_root: Path, journal: Journal
-    ) -> None:
-        self.client, self.sampling, self.journal = client, sampling, journal
-        self.image_root = image_root
-        self.rejected: list[tuple[CandidateRequest, str]] = []
-        self.failed: list[tuple[CandidateRequest, str]] = []
-        self._failures_in_a_row = 0
-
-    async def ask_all(self, requests: list[CandidateRequest], concurrency: int) -> None:
-        """Ask for what the journal lacks.
-
-        Raises:
-            InputError: the server is down, or refuses whatever it is asked.
-        """
-        missing = [request for request in requests if request.key not in self.journal.rows]
-        todo = iter(missing)
-        done = len(requests) - len(missing)
-        bar = tqdm(total=len(requests), initial=done, unit="candidate", disable=None)
-
-        async def work() -> None:
-            for request in todo:
-                await self._ask(request)
-                bar.update()
-
-        with bar:
-            async with self.client:
-                tasks = [asyncio.create_task(work()) for _ in range(concurrency)]
-                try:
-                    await asyncio.gather(*tasks)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-
-    async def _ask(self, request: CandidateRequest) -> None:
-        try:
-            answer = await self._answer(request)
-        except RecordError as error:
-            self.rejected.append((request, str(error)))
-        except _HOPELESS_SERVER as error:
-            raise InputError(
-                f"the server refuses ({_shown(error)}); check --model, --base_url and "
-                f"{KEY_VARIABLE}. What has come is kept: run again."
-            ) from None
-        except (OpenAIError, ValueError) as error:
-            status = error.status_code if isinstance(error, APIStatusError) else None
-            if status in _HOPELESS_REQUEST:
-                self.rejected.append((request, _shown(error)))
-                return
-            self.failed.append((request, _shown(error)))
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row == FAILURES_IN_A_ROW:
-                raise InputError(
-                    f"{FAILURES_IN_A_ROW} requests in a row have failed, the last one: "
-                    f"{_shown(error)}. What has come is kept: run again when the server is up."
-                ) from None
-        else:
-            self._failures_in_a_row = 0
-            self.journal.add(
-                {"id": request.id, "sample": request.sample, **answer, **asdict(self.sampling)}
-            )
-
-    async def _answer(self, request: CandidateRequest) -> dict:
-        parts: list[ChatCompletionContentPartParam] = [
-            {"type": "image_url", "image_url": {"url": _data_url(self.image_root / path, path)}}
-            for path in request.images
-        ]
-        parts.append({"type": "text", "text": PROMPT + request.question})
-        response = await self.client.chat.completions.create(
-            messages=[{"role": "user", "content": parts}], **asdict(self.sampling)
-        )
-        try:  # the client does not check what a server answers
-            choice, usage = response.choices[0], response.usage
-            answer = {
-                "response": choice.message.content,
-                "finish_reason": choice.finish_reason,
-                "prompt_tokens": int(usage.prompt_tokens) if usage else 0,
-                "completion_tokens": int(usage.completion_tokens) if usage else 0,
-            }
-        except (AttributeError, IndexError, TypeError) as error:
-            raise InputError("the answer is no chat completion") from error
-        if not isinstance(answer["response"], str) or not answer["response"].strip():
-            raise InputError("the answer has no text")
-        return answer
-
-
-@lru_cache(maxsize=32)  # all samples of a question send its images
-def _data_url(path: Path, shown: str) -> str:
-    data, _ = shard_image(path, shown)
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _shown(error: Exception) -> str:
-    """An error in one line, without the key that a server may have sent back."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    key = os.environ.get(KEY_VARIABLE)
-    return (text.replace(key, "***") if key else text)[:300]
+def unfinished(out: Path) -> Path:
+    """Where candidates are kept until all have come."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def generate_file(
@@ -235,6 +52,8 @@ def generate_file(
     retries: int = 6,
     timeout: float = 600.0,
     image_root: Path | None = None,
+    limit: int | None = None,
+    empty: str = "keep",
     allow_missing: bool = False,
     overwrite: bool = False,
 ) -> RecordWriter:
@@ -244,6 +63,8 @@ def generate_file(
     ``<out>.rejected.jsonl``, and with ``allow_missing`` those that did not come.
 
     Args:
+        empty: what becomes of replies without text: keep them, or reject them.
+        limit: ask no more than so many questions, the first ones.
         retries: of a request, with growing pauses, after 429, 5xx, a broken connection or silence.
         timeout: seconds of silence after which a request is given up.
         image_root: where image paths start, by default the questions' own folder.
@@ -253,21 +74,17 @@ def generate_file(
         InputError: ``out`` is taken, the server cannot be used, or candidates did not come; what
             has come is kept.
     """
-    for name, value in {"--n": n, "--concurrency": concurrency}.items():
-        if value < 1:
+    for name, value in {"--n": n, "--concurrency": concurrency, "--limit": limit}.items():
+        if value is not None and value < 1:
             raise InputError(f"{name} must be 1 or more, not {value}.")
     root = questions.parent if image_root is None else image_root
-    writer = RecordWriter(out, overwrite)
-    requests, no_questions = candidate_requests(questions, n)
+    partial = unfinished(out)
+    refuse_overwriting([partial], [questions])
+    writer = RecordWriter(out, overwrite, [questions])
+    requests, no_questions = candidate_requests(questions, n, limit)
     keys = {request.key for request in requests}
-    partial = out.with_name(f"{out.name}.partial")
     with closing(Journal(partial, keys, asdict(sampling))) as journal:
-        client = AsyncOpenAI(
-            base_url=base_url,
-            api_key=os.environ.get(KEY_VARIABLE) or "none",  # a server of one's own wants none
-            timeout=timeout,
-            max_retries=retries,
-        )
+        client = connect(base_url, timeout, retries)
         asked = CandidateRequests(client, sampling, root, journal)
         asyncio.run(asked.ask_all(requests, concurrency))
         if asked.failed and not allow_missing:
@@ -279,10 +96,14 @@ def generate_file(
         with writer:
             for line, record, reason in no_questions:
                 writer.reject(questions, line, record, reason)
+            without_text = []
             for request in requests:
-                if request.key in journal.rows:
-                    writer.write(journal.rows[request.key])
-            for request, reason in sorted(asked.rejected + asked.failed):
+                if row := journal.rows.get(request.key):
+                    if "empty" in row and empty == "reject":
+                        without_text.append((request, row["empty"]))
+                    else:
+                        writer.write(row)
+            for request, reason in sorted(asked.rejected + asked.failed + without_text):
                 reason = f"candidate {request.sample}: {reason}"
                 writer.reject(questions, request.line, {"id": request.id}, reason)
         partial.unlink()
@@ -309,31 +130,57 @@ def main(argv: list[str] | None = None) -> None:
     add("--image_root", type=Path, help="where image paths start (default: the file's folder)")
     prices = "of a million tokens read and a million written, to print the cost"
     add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help=prices)
+    add("--limit", type=int, help="ask only the first LIMIT questions")
+    add(
+        "--empty",
+        choices=EMPTY,
+        default=EMPTY[0],
+        help="a reply without text, cut while the model thought or filtered, is kept as an empty "
+        "candidate, which is a wrong one, or rejected, which makes the others look better than "
+        "the model is (default: keep)",
+    )
     add("--allow_missing", action="store_true", help="write out although candidates did not come")
     add_output(parser)
     args = parser.parse_args(argv)
-    writer = generate_file(
-        args.questions,
-        args.out,
-        Sampling(args.model, args.temperature, args.max_tokens),
-        n=args.n,
-        base_url=args.base_url,
-        concurrency=args.concurrency,
-        retries=args.retries,
-        timeout=args.timeout,
-        image_root=args.image_root,
-        allow_missing=args.allow_missing,
-        overwrite=args.overwrite,
-    )
-    tokens = [0, 0]
+    try:
+        writer = generate_file(
+            args.questions,
+            args.out,
+            Sampling(args.model, args.temperature, args.max_tokens),
+            n=args.n,
+            base_url=args.base_url,
+            concurrency=args.concurrency,
+            retries=args.retries,
+            timeout=args.timeout,
+            image_root=args.image_root,
+            limit=args.limit,
+            empty=args.empty,
+            allow_missing=args.allow_missing,
+            overwrite=args.overwrite,
+        )
+    except KeyboardInterrupt:
+        kept = unfinished(args.out)
+        sys.stderr.write(f"stopped; what has come is in {kept}: the same command goes on from it\n")
+        sys.exit(INTERRUPTED)
+    print(_summary(writer, args))
+
+
+def _summary(writer: RecordWriter, args: argparse.Namespace) -> str:
+    tokens, cut, empty = [0, 0], 0, []
     with args.out.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             tokens[0] += row["prompt_tokens"]
             tokens[1] += row["completion_tokens"]
+            cut += row["finish_reason"] == "length"
+            empty += [row["empty"]] if "empty" in row else []
     used = f"candidates, {tokens[0]:,} + {tokens[1]:,} tokens"
     if args.prices:
         used += f", cost {sum(t * p for t, p in zip(tokens, args.prices, strict=True)) / 1e6:.2f}"
-    print(writer.summary(used))
+    if cut:
+        used += f", {cut} of them cut at --max_tokens {args.max_tokens}"
+    if empty:
+        used += f", {len(empty)} of them empty (the first: {empty[0]})"
+    return writer.summary(used)
 
 
 if __name__ == "__main__":

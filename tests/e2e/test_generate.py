@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,158 +11,26 @@ import time
 import urllib.request
 from collections import Counter
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 
 import pytest
+from chat_server import EXPECTED, KEY, check_all_there
 from json_lines import lines
-from PIL import Image
 from started_run import free_port
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from data_tools.candidate_requests import FAILURES_IN_A_ROW, PROMPT
 from data_tools.convert import main as convert
 from data_tools.demo_model import train_tokenizer
-from data_tools.generate import FAILURES_IN_A_ROW, PROMPT, main
+from data_tools.generate import main
 from dreamprm_dist.errors import InputError
 
 REPO = Path(__file__).resolve().parents[2]
-KEY = "sk-very-secret-0123456789"
-
-
-class Server:
-    """Answers each request with a text of its own, or as `misbehave(request, number)` says.
-
-    Attributes:
-        requests: (body, authorization) of each request.
-        answered: the question of each request that got its answer in full.
-    """
-
-    def __init__(self):
-        self.requests, self.answered = [], []
-        self.misbehave = lambda body, number: None
-        self.seconds = 0.0
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append((body, self.headers["Authorization"]))
-                    number = len(outer.requests)
-                time.sleep(outer.seconds)
-                question = re.search(r"Question (\d+)", body["messages"][0]["content"][-1]["text"])
-                what = outer.misbehave(body, number)
-                if what == "hang":
-                    time.sleep(8)
-                    self.close_connection = True
-                    return
-                if isinstance(what, int):
-                    text = json.dumps(
-                        {"error": {"message": f"no: {self.headers['Authorization']}"}}
-                    )
-                    headers = {"Retry-After": "0"} if what == 429 else {}
-                    return self.answer(what, text, headers)
-                if isinstance(what, dict):
-                    return self.answer(200, json.dumps(what), {})
-                if what == "broken":
-                    return self.answer(200, '{"choices": [', {})
-                if what == "page":
-                    return self.answer(200, "<html>", {}, "text/html")
-                content = "" if what == "empty" else f"Thought {number}.\n\nAnswer: B"
-                text = json.dumps(
-                    {
-                        "id": "x",
-                        "object": "chat.completion",
-                        "created": 0,
-                        "model": body["model"],
-                        "choices": [
-                            {
-                                "index": 0,
-                                "finish_reason": "stop",
-                                "message": {"role": "assistant", "content": content},
-                            }
-                        ],
-                        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-                    }
-                )
-                if what == "cut":
-                    return self.answer(200, text, {"Content-Length": str(len(text) + 50)})
-                self.answer(200, text, {})
-                outer.answered.append(question[1])
-
-            def answer(self, status, text, headers, kind="application/json"):
-                self.send_response(status)
-                length = {"Content-Length": str(len(text)), "Content-Type": kind}
-                for name, value in (length | headers).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                with suppress(BrokenPipeError):  # the client was killed
-                    self.wfile.write(text.encode())
-                self.close_connection = True
-
-            def log_message(self, *args):
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def close(self):
-        self._http.shutdown()
-        self._http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def questions(tmp_path):
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
-    records = [
-        {
-            "id": f"q{i}",
-            "question": f"Question {i}: what is in the image?",
-            "image_path": ["a.png"] if i % 2 else None,
-            "options": ["a", "b"],
-            "answer": "B",
-        }
-        for i in range(6)
-    ]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture
-def command(server, questions, tmp_path):
-    out = tmp_path / "out" / "candidates.jsonl"
-    fixed = [str(questions), "--base_url", server.url, "--model", "m", "--out", str(out)]
-    return [*fixed, "--n", "3", "--concurrency", "4", "--timeout", "3"]
 
 
 def outputs(tmp_path):
     return sorted(path.name for path in (tmp_path / "out").iterdir())
-
-
-EXPECTED = [(f"q{i}", sample) for i in range(6) for sample in range(3)]
-
-
-def check_all_there(rows):
-    """Each candidate is there, in order, and each is an answer of its own."""
-    assert [(row["id"], row["sample"]) for row in rows] == EXPECTED
-    assert len({row["response"] for row in rows}) == len(rows)
 
 
 def test_candidates_of_each_question(server, command, tmp_path, capsys):
@@ -214,7 +81,7 @@ def test_what_fails_for_a_while_is_asked_again(server, command, tmp_path, failur
 
 ODD = [
     {},
-    {"choices": []},
+    {"error": {"message": "Provider returned error", "code": 502}},
     {"choices": "abc"},
     {"choices": [None]},
     {"choices": [{"message": {"content": ["a", 1]}}]},
@@ -222,7 +89,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("failure", [500, "hang", "cut", "page", "broken", "empty", *ODD])
+@pytest.mark.parametrize("failure", [500, "hang", "cut", "page", "broken", *ODD])
 def test_what_keeps_failing_is_told_and_asked_for_by_the_next_run(
     server, command, tmp_path, failure
 ):
@@ -235,19 +102,50 @@ def test_what_keeps_failing_is_told_and_asked_for_by_the_next_run(
     before = len(server.answered)
     main(command)
     check_all_there(lines(tmp_path / "out" / "candidates.jsonl"))
-    if failure != "empty":
-        assert before == 15
+    assert before == 15
     assert Counter(server.answered[before:]) == {"2": 3}
 
 
 def test_missing_candidates_may_be_allowed(server, command, tmp_path):
-    server.misbehave = lambda body, number: "empty" if "Question 2:" in str(body) else None
+    server.misbehave = lambda body, number: {} if "Question 2:" in str(body) else None
     main([*command, "--allow_missing"])
     rows = lines(tmp_path / "out" / "candidates.jsonl")
     assert [(row["id"], row["sample"]) for row in rows] == [e for e in EXPECTED if e[0] != "q2"]
     rejected = lines(tmp_path / "out" / "candidates.rejected.jsonl")
     assert [(entry["line"], entry["id"]) for entry in rejected] == [(3, "q2")] * 3
-    assert rejected[1]["reason"] == "candidate 1: InputError: the answer has no text"
+    assert rejected[1]["reason"] == "candidate 1: InputError: the answer is no chat completion"
+
+
+@pytest.mark.parametrize("limit", ["1", "4", "100"])
+def test_only_the_first_questions_are_asked(server, command, tmp_path, limit):
+    main([*command, "--limit", limit])
+    asked = min(int(limit), 6)
+    rows = lines(tmp_path / "out" / "candidates.jsonl")
+    assert [(row["id"], row["sample"]) for row in rows] == EXPECTED[: 3 * asked]
+    assert len(server.requests) == 3 * asked
+    with pytest.raises(InputError, match="--limit must be 1 or more"):
+        main([*command, "--limit", "0", "--overwrite"])
+
+
+def test_a_run_stopped_by_hand_says_how_to_go_on(server, command, tmp_path):
+    server.seconds = 0.1
+    program = [sys.executable, "-m", "data_tools.generate", *command]
+    process = subprocess.Popen(program, cwd=REPO, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(server.answered) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    partial = tmp_path / "out" / "candidates.jsonl.partial"
+    assert process.returncode == 130
+    assert said == f"stopped; what has come is in {partial}: the same command goes on from it\n"
+    kept = partial.read_text().splitlines()
+    assert len(kept) >= 4
+    main(command)
+    rows = lines(tmp_path / "out" / "candidates.jsonl")
+    check_all_there(rows)
+    assert all(json.loads(line) in rows for line in kept)
 
 
 def test_what_the_server_will_never_answer_is_rejected(server, command, questions, tmp_path):
@@ -335,7 +233,7 @@ def test_two_runs_at_once(server, command, tmp_path):
 
 
 def test_a_journal_of_another_job_is_refused(server, command, tmp_path):
-    server.misbehave = lambda body, number: "empty" if "Question 2:" in str(body) else None
+    server.misbehave = lambda body, number: {} if "Question 2:" in str(body) else None
     with pytest.raises(InputError, match="did not come"):
         main(command)
     for flags in (["--temperature", "1"], ["--model", "other"], ["--n", "1"]):
