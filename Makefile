@@ -5,16 +5,16 @@ STAMP := $(VENV)/.installed
 # Installed where there is no NVIDIA GPU; pinned, for the newest may come with gigabytes of CUDA.
 CPU_TORCH ?= torch==2.13.0
 
-TRAIN ?= data/train.json
-META ?= data/meta.json
+# Either may be missing, or be left out by an empty TRAIN= or META=.
+TRAIN ?= $(wildcard data/train.jsonl)
+META ?= $(wildcard data/meta.jsonl)
 OUT ?= data/shards
 NUM_SHARDS ?= 8
-META_NUM_SHARDS ?= $(NUM_SHARDS)
 WORKERS ?= 4
 NUM_GPUS ?= 8
 CONFIG ?= launch/recipes/instance_table.yaml
 MODEL ?= runs/instance_table/export
-TEST ?= data/test.json
+TEST ?= data/test.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds test test-survive test-gpu test-web lint format shard-data train evaluate bench
@@ -63,9 +63,12 @@ format: $(STAMP) ## put format and style right
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=… shards with WORKERS=…
-	$(PYTHON) -m data_tools.shard --train "$(TRAIN)" --meta "$(META)" --out "$(OUT)" \
-		--num_shards $(NUM_SHARDS) --meta_num_shards $(META_NUM_SHARDS) --workers $(WORKERS)
+SHARDED = $(if $(TRAIN),--train "$(TRAIN)") $(if $(META),--meta "$(META)") \
+	$(if $(META_NUM_SHARDS),--meta_num_shards $(META_NUM_SHARDS)) $(if $(LIMIT),--limit $(LIMIT)) \
+	$(if $(filter-out 0,$(DRY_RUN)),--dry_run) $(if $(filter-out 0,$(OVERWRITE)),--overwrite)
+shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=… shards with WORKERS=… (OVERWRITE=1)
+	$(PYTHON) -m data_tools.shard $(strip $(SHARDED)) --out "$(OUT)" --num_shards $(NUM_SHARDS) \
+		--workers $(WORKERS)
 
 train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=…
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_gpus $(NUM_GPUS) launch/train.py \

@@ -31,7 +31,7 @@ def refuse_existing(out_dir: Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(
             f"{out_dir}: already holds shards; leave out their source to keep them, or pass "
-            "--overwrite to replace them."
+            "--overwrite (to make: OVERWRITE=1) to replace them."
         )
 
 

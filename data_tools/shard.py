@@ -102,7 +102,7 @@ def summary(folder: Path, manifest: dict) -> str:
     limit, num_shards = manifest["limit"], manifest["num_shards"]
     facts = {
         "source": manifest["source"]["path"] + (f", first {limit} records" if limit else ""),
-        "rejected": f"{rejected} rejected" + (f" (see {folder / REJECTED})" if rejected else ""),
+        "records": f"{rows} taken, {rejected} rejected",
         "steps": ", ".join(f"{count} {label}" for label, count in manifest["num_steps"].items()),
         "ranks": f"{ranks_that_work(num_shards)} can share it",
     }
@@ -111,6 +111,8 @@ def summary(folder: Path, manifest: dict) -> str:
         facts["questions"] = f"{manifest['num_groups']}; {right} right, {rows - right} wrong"
     elif manifest["num_unlabelled"]:
         facts["steps"] += f"; {manifest['num_unlabelled']} records without any label"
+    if rejected:
+        facts["records"] += f" (see {folder / REJECTED})"
     head = f"{folder}: {rows} {manifest['kind']} records in {num_shards} shards"
     return "\n".join([head, *(f"  {name + ':':10} {fact}" for name, fact in facts.items())])
 
@@ -149,13 +151,17 @@ def _check_all_then_write(plans: list[Plan], in_order: InOrder) -> None:
             own = stack.enter_context(ExitStack())
             found.append((own.enter_context(checked(plan, in_order)), own))
         for result, own in found:
-            if not result.plan.dry_run:
-                result.write(in_order)
-                own.close()
-            print(summary(result.plan.out_dir, result.manifest))
             if result.plan.dry_run:
+                print(f"Would be written:\n{summary(result.plan.out_dir, result.manifest)}")
                 for entry in result.rejected:
                     print(f"    line {entry['line']} ({entry['id']}): {entry['reason']}")
+            else:
+                result.write(in_order)
+                own.close()
+                print(summary(result.plan.out_dir, result.manifest))
+    num_shards = [result.manifest["num_shards"] for result, _ in found]
+    if len(set(num_shards)) > 1:
+        print(f"{ranks_that_work(*num_shards)} can train on both")
 
 
 def main(argv: list[str] | None = None) -> None:
