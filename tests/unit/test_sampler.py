@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from dreamprm_dist.data.sampler import (
-    check_divisible,
     check_every_shard_learns,
+    check_ranks,
     owned_shards,
     rank_draws,
+    ranks_that_work,
 )
+from dreamprm_dist.errors import InputError
 
 ROWS = [5, 4, 4, 4, 4, 4, 4, 4]
 SIZE = 8
@@ -57,19 +59,42 @@ def test_a_global_batch_larger_than_the_data_draws_rows_again():
     assert len(draws) == 80 and len(set(draws)) == sum(ROWS)
 
 
-@pytest.mark.parametrize(("shards", "size", "world"), [(8, 8, 3), (8, 6, 4), (6, 8, 4)])
-def test_uneven_shares_are_refused_with_what_works(shards, size, world):
-    with pytest.raises(ValueError, match=r"data/meta: .* use one of \[.*\] ranks"):
-        check_divisible(Path("data/meta"), shards, size, world)
+TRAIN, META = Path("data/train"), Path("data/meta")
 
 
 @pytest.mark.parametrize(
-    ("size", "world", "works"),
-    [(24, 3, "[1, 2, 4]"), (24, 5, "[2, 4, 8]"), (12, 8, "[1, 2, 4]"), (7, 2, "[1]")],
+    ("shards", "sizes", "world"),
+    [
+        *(([8], [], 3), ([64], [], 48), ([8], [12], 8), ([64, 32], [], 64), ([7], [7, 3], 2)),
+        *(([64, 55], [], 5), ([6, 9], [12, 30], 6), ([1], [], 2), ([12, 18], [24], 4)),
+    ],
 )
-def test_the_nearest_numbers_of_ranks_that_work_are_named(size: int, world: int, works: str):
-    with pytest.raises(ValueError, match=re.escape(f"use one of {works} ranks, or shard again")):
-        check_divisible(Path("data/meta"), 8, size, world)
+def test_all_numbers_of_ranks_that_work_are_named_and_no_others(shards, sizes, world):
+    folders = dict(zip((TRAIN, META), shards, strict=False))
+    with pytest.raises(InputError, match=f"^{world} ranks cannot share") as refused:
+        check_ranks(folders, world, sizes)
+    (named,) = re.findall(r"use ([\d, or]+) ranks?\b", str(refused.value))
+    works = [int(number) for number in re.findall(r"\d+", named)]
+    for ranks in range(1, 100):
+        with contextlib.nullcontext() if ranks in works else pytest.raises(InputError):
+            check_ranks(folders, ranks, sizes)
+    # More shards help only where shards are the reason.
+    hint = f"or shard again with a multiple of {world} shards"
+    assert (hint in str(refused.value)) == any(number % world for number in shards)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([8], "1, 2, 4 or 8 ranks"),
+        ([7], "1 or 7 ranks"),
+        ([8, 3], "1 rank"),
+        ([64, 48, 24], "1, 2, 4 or 8 ranks"),
+        ([12], "1, 2, 3, 4, 6 or 12 ranks"),
+    ],
+)
+def test_numbers_of_ranks_read_well(numbers: list[int], text: str):
+    assert ranks_that_work(*numbers) == text
 
 
 def test_a_rank_owns_every_so_manieth_shard():
@@ -77,7 +102,7 @@ def test_a_rank_owns_every_so_manieth_shard():
 
 
 def test_even_shares_pass():
-    check_divisible(Path("data/meta"), 8, 16, 4)
+    check_ranks({TRAIN: 8, META: 4}, 4, [16])
 
 
 @pytest.mark.parametrize(
