@@ -67,7 +67,7 @@ def test_bad_records_are_listed_and_the_run_goes_on(tmp_path: Path, tiny_data_di
     assert (manifest["num_rows"], manifest["num_rejected"]) == (8, 4)
     rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     reasons = {r["id"]: (r["line"], r["reason"]) for r in map(json.loads, rejected)}
-    assert reasons[None][0] == 4 and "not valid JSON" in reasons[None][1]
+    assert reasons["train.jsonl:4"][0] == 4 and "not valid JSON" in reasons["train.jsonl:4"][1]
     assert "no step" in reasons["label"][1]
     assert "nowhere.png" in reasons["image"][1]
     assert "'maybe'" in reasons["sign"][1]

@@ -157,7 +157,7 @@ def test_inputs_of_one_name_and_files_that_are_there_are_refused(tmp_path):
     main(["raw", str(one), "--out", str(out)])
     with pytest.raises(InputError, match="pass --overwrite"):
         main(["raw", str(one), "--out", str(out)])
-    with pytest.raises(InputError, match="overwrite an input"):
+    with pytest.raises(InputError, match="overwrite the input"):
         main(["raw", str(out), "--out", str(out), "--overwrite"])
     with pytest.raises(FileNotFoundError, match="no such file"):
         main(["raw", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "new.jsonl")])

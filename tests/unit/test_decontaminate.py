@@ -135,7 +135,7 @@ def test_what_cannot_be_protected_is_an_error(files, tmp_path):
     (tmp_path / "test" / "t.png").unlink()
     with pytest.raises(InputError, match=r"test.jsonl, line 1: image 't.png': no such"):
         main([str(train), "--against", str(test), "--out", str(tmp_path / "clean.jsonl")])
-    with pytest.raises(InputError, match="overwrite an input"):
+    with pytest.raises(InputError, match="overwrite the input"):
         main([str(train), "--against", str(test), "--out", str(test), "--overwrite"])
     assert not (tmp_path / "clean.jsonl").exists()
 
