@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -28,12 +27,11 @@ from data_tools.candidate_requests import (
 )
 from data_tools.journal import Journal
 from data_tools.record_files import RecordWriter, add_output
-from dreamprm_dist.errors import InputError
+from dreamprm_dist.errors import INTERRUPTED, InputError
 from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
 
 EMPTY = ("keep", "reject")
-INTERRUPTED = 128 + signal.SIGINT  # exit code, as a shell has it
 
 
 def unfinished(out: Path) -> Path:

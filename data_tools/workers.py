@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from dreamprm_dist.errors import BAD_INPUT, InputError
+from dreamprm_dist.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,8 +48,6 @@ def start_workers(count: int) -> Iterator[InOrder | None]:
     ranks = _of_mpirun("SIZE", 1)
     if ranks > 1:
         if count > 1:
-            if not leads():
-                sys.exit(BAD_INPUT)
             raise InputError("under mpirun the ranks are the workers; leave out --workers.")
         # mpi4py initialises MPI on import, which only a process that mpirun started should do.
         from mpi4py import MPI
