@@ -111,6 +111,8 @@ def summary(folder: Path, manifest: dict) -> str:
         facts["questions"] = f"{manifest['num_groups']}; {right} right, {rows - right} wrong"
     elif manifest["num_unlabelled"]:
         facts["steps"] += f"; {manifest['num_unlabelled']} records without any label"
+    if on_white := manifest["num_on_white"]:
+        facts["images"] = f"{on_white} have an image with transparency, now on white"
     if rejected:
         facts["records"] += f" (see {folder / REJECTED})"
     head = f"{folder}: {rows} {manifest['kind']} records in {num_shards} shards"

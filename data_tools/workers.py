@@ -88,8 +88,8 @@ def _in_order(
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a worker of a killed one would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End at Ctrl-C, and with the parent: a worker of a killed one would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of each worker
     parent = multiprocessing.parent_process()
     assert parent is not None
 
