@@ -51,11 +51,12 @@ def write_questions(
     """
     image_dir = out.with_name(f"{out.stem}_images") if image_dir is None else image_dir
     prefix = image_prefix(image_dir, out)
-    rows = islice(read_rows(source, split), limit)
     # Of a folder its data alone: the questions may be put into it.
     inputs = [source, *source.rglob("*.parquet"), *source.rglob("*.arrow")]
+    writer = RecordWriter(out, overwrite, inputs)
+    rows = islice(read_rows(source, split), limit)
     seen: dict[str, str] = {}
-    with RecordWriter(out, overwrite, inputs) as writer:
+    with writer:
         image_dir.mkdir(parents=True, exist_ok=True)
         for file, line, row in rows:
             try:

@@ -219,7 +219,7 @@ def test_sharding_counts_what_it_puts_on_white(files, tmp_path, capsys):
     source.write_text("".join(f'{{"image": "{name}", {turns}}}\n' for name in names))
     flags = ["--train", source, "--out", tmp_path, "--num_shards", 1, "--image_root", files]
     main([str(flag) for flag in flags])
-    assert "0 rejected; 3 have an image with transparency, now on white" in capsys.readouterr().out
+    assert "3 have an image with transparency, now on white" in capsys.readouterr().out
     folder = ShardFolder(tmp_path / "train")
     assert folder.manifest["num_on_white"] == 3
     rows = [folder.read(0, i) for i in range(len(names))]
