@@ -9,6 +9,7 @@ from dreamprm_dist.data.shards import MANIFEST, ShardFolder
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
+from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.training.config import DataConfig, TrainConfig, parse_train_config
 from dreamprm_dist.training.run import METRICS, TrainingRun
 
@@ -35,9 +36,10 @@ def open_shards(path: str, kind: str, config: DataConfig) -> ShardFolder:
 
 def train(config: TrainConfig, device: torch.device) -> None:
     data, folder = config.data, Path(config.run.weights_path)
+    model = config.model.reward_model
     refuse_overwriting(
         (folder / name for name in ("export", "checkpoints", "config.yaml", METRICS)),
-        [config.model.reward_model, data.train_json_file, data.meta_json_file],
+        [model, Path(model, EXPORT), data.train_json_file, data.meta_json_file],
         into=folder,
     )
     train_shards = open_shards(data.train_json_file, "training", data)

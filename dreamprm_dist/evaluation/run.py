@@ -31,6 +31,7 @@ from dreamprm_dist.files import json_line, refuse_overwriting, write_whole
 from dreamprm_dist.flags import Count, flag
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_tokenizer
+from dreamprm_dist.prm.model_folder import EXPORT
 
 ON_META = "meta"
 RESULTS, SCORES, REJECTED = "results.json", "scores.jsonl", "rejected.jsonl"
@@ -82,10 +83,10 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a flag, a file or a model cannot be used, or no question was scored.
     """
     models, out = labelled(config.model), Path(config.output_dir)
-    run_configs = (Path(model).parent / CONFIG for model in models.values())  # of their runs
+    of_runs = [Path(model, name) for model in models.values() for name in (EXPORT, f"../{CONFIG}")]
     refuse_overwriting(
         (out / name for name in (RESULTS, SCORES, REJECTED, CONFIG, PARTS)),
-        [config.test_json_file, config.meta_json_file, *models.values(), *run_configs],
+        [config.test_json_file, config.meta_json_file, *models.values(), *of_runs],
         into=out,
     )
     test = list(islice(read_test_questions(config.test_json_file), config.limit or None))

@@ -19,6 +19,7 @@ from dreamprm_dist.files import json_line, refuse_overwriting, whole_file
 from dreamprm_dist.flags import flag
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_tokenizer
+from dreamprm_dist.prm.model_folder import EXPORT
 
 
 @dataclass
@@ -47,7 +48,8 @@ def score_file(config: ScoreConfig) -> str:
     """
     output, name = Path(config.output), prm_name(config.model)
     parts = output.with_name(output.name + ".parts")
-    refuse_overwriting([output, parts], [config.input, config.model], into=output.parent)
+    inputs: list[str | Path] = [config.input, config.model, Path(config.model, EXPORT)]
+    refuse_overwriting([output, parts], inputs, into=output.parent)
     records = _records(config)
     with config.joined() as device:
         if config.dry_run:

@@ -183,6 +183,11 @@ FOLDERS: dict[str, Callable[[], object]] = {
     "scored into the model": lambda: score_file(
         ScoreConfig(model=MODEL, input="in.jsonl", output=f"{MODEL}/config.json")
     ),
+    "evaluated into the run's model": lambda: evaluated("in.jsonl", MODEL, "runs/a"),
+    "scored into the run's model": lambda: score_file(
+        ScoreConfig(model="runs/a", input="in.jsonl", output=f"{MODEL}/s.jsonl")
+    ),
+    "run is the model of a run": lambda: train(reward_model="runs/a", weights_path=MODEL),
     "parts": lambda: score_file(
         ScoreConfig(input="runs/s.jsonl.parts/rank0.jsonl", output="runs/s.jsonl")
     ),
