@@ -21,7 +21,7 @@ from dreamprm_dist.data.schema import (
     read_json_records,
     require_object,
 )
-from dreamprm_dist.errors import InputError, RecordError
+from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.answer_keys import UNKNOWN, normal_key, parse_options
 from dreamprm_dist.evaluation.choices import LETTERS
 from dreamprm_dist.evaluation.grading import grade
