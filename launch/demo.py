@@ -92,7 +92,7 @@ class Demo:
             *("--config", RECIPES / f"{recipe}.yaml", "--seed", self.seed),
             *("--train_json_file", self.out / "shards" / train / "train"),
             *("--meta_json_file", self.out / "shards" / meta / "meta"),
-            *("--reward_model", start_from, "--weights_path", run),
+            *("--reward_model", start_from, "--out", run),
         )
         return run / "export"
 
@@ -103,7 +103,7 @@ class Demo:
             *("evaluate", "evaluate.py"),
             *("--model", *(self.out / name / "export" for name in PRMS)),
             *("--test_json_file", self.out / "data" / "test.json"),
-            *("--output_dir", folder, "--precision", "fp32"),
+            *("--out", folder, "--precision", "fp32"),
         )
         return read_results(folder / "results.json")
 

@@ -1,6 +1,6 @@
 """Best-of-N evaluation: trained PRMs choose among candidate solutions, one table for all.
 
-    python launch/evaluate.py --model runs/table/export --test_json_file test.json --output_dir out
+    python launch/evaluate.py --model runs/table/export --test_json_file test.json --out out
     torchrun --nproc_per_node 8 launch/evaluate.py --model runs/table/export runs/net/export ...
 
 Writes `results.json`, `scores.jsonl` (one line per PRM and candidate), `rejected.jsonl` and

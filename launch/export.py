@@ -1,6 +1,6 @@
 """Write a PRM in either InternVL3 layout, with tokenizer, image processor and model card.
 
-    python launch/export.py --model runs/instance_table/export --layout original --output_dir out
+    python launch/export.py --model runs/instance_table/export --layout original --out out
 
 `transformers` is what `InternVLForConditionalGeneration` reads, `original` what
 `InternVLChatModel`, vLLM and other programs for OpenGVLab's checkpoints read. The model may be a
@@ -31,7 +31,7 @@ class ExportConfig:
     """Everything `launch/export.py` is told."""
 
     model: str = flag("./weights/export", "Local folder, run folder or hub name of the PRM.")
-    output_dir: str = flag("./export", "Folder to write; must not exist.")
+    out: str = flag("./export", "Folder to write; must not exist.", aliases=["output_dir"])
     layout: Literal["transformers", "original"] = flag("transformers", "Layout to write.")
     precision: Literal["same", "bf16", "fp32"] = flag(
         "same", "Precision to write the weights in; same: the model's."
@@ -41,10 +41,10 @@ class ExportConfig:
 
 def main(argv: list[str] | None = None) -> None:
     (config,) = parse_args((ExportConfig,), argv, "Write a PRM in either InternVL3 layout.")
-    out, original = Path(config.output_dir), config.layout == "original"
+    out, original = Path(config.out), config.layout == "original"
     refuse_overwriting([out], [config.model, config.results])
     if out.exists():
-        raise InputError(f"{out} already exists; choose another output_dir or remove it")
+        raise InputError(f"{out} already exists; choose another --out or remove it")
     source = fetch_model(config.model)
     card = ModelCard.read(source) or _card_of_run(source.parent, config.model)
     if config.results:

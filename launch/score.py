@@ -1,7 +1,7 @@
 """Score solutions: JSONL in, JSONL out, one line for each line.
 
-    python launch/score.py --model runs/instance_table/export --input in.jsonl --output out.jsonl
-    torchrun --nproc_per_node 8 launch/score.py --model ... --input in.jsonl --output out.jsonl
+    python launch/score.py --model runs/instance_table/export --input in.jsonl --out out.jsonl
+    torchrun --nproc_per_node 8 launch/score.py --model ... --input in.jsonl --out out.jsonl
 
 A line in: `{"question": …, "image_path": path | list, "steps": [text, …]}`, or with
 `"candidates": [text | [step, …], …]` in place of `steps`; other keys are ignored, but `id`. A line

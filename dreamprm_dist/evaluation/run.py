@@ -47,7 +47,11 @@ class EvaluateConfig(FileScoringConfig):
         metadata={"help": "PRMs: local folders or hub names, or label=folder."},
     )
     test_json_file: str = flag("./data/test.json", "Questions with candidates, JSON or JSONL.")
-    output_dir: str = flag("./evaluation", "Folder for the results; made when it is not there.")
+    out: str = flag(
+        "./evaluation",
+        "Folder for the results; made when it is not there.",
+        aliases=["output_dir"],
+    )
     image_root: str | None = flag(
         None, "Folder that image paths start at (default: the file's own folder)."
     )
@@ -82,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> str:
     Raises:
         InputError: a flag, a file or a model cannot be used, or no question was scored.
     """
-    models, out = labelled(config.model), Path(config.output_dir)
+    models, out = labelled(config.model), Path(config.out)
     of_runs = [Path(model, name) for model in models.values() for name in (EXPORT, f"../{CONFIG}")]
     refuse_overwriting(
         (out / name for name in (RESULTS, SCORES, REJECTED, CONFIG, PARTS)),
@@ -138,7 +142,7 @@ def _plan(
         why = f"{len(rejected)} records rejected, the first at line {rejected[0].line}"
         lines[0] += f", {why}: {rejected[0].reason}"
     lines += [f"{label}: {model}" for label, model in models.items()]
-    return "\n".join(lines) + f"\nResults would go to {config.output_dir}; nothing was written\n"
+    return "\n".join(lines) + f"\nResults would go to {config.out}; nothing was written\n"
 
 
 def labelled(specifications: Sequence[str]) -> dict[str, str]:
@@ -186,7 +190,7 @@ def _write(
     scored: Mapping[tuple, dict],
 ) -> str:
     """Judge all scores, in the order of the questions, and write the files."""
-    out = Path(config.output_dir)
+    out = Path(config.out)
     questions: dict[int, Question] = {}
     rejected: list[Rejected] = []
     for index, question in enumerate(test):

@@ -28,7 +28,9 @@ class ScoreConfig(FileScoringConfig):
 
     model: str = flag("./weights/export", "Local folder, run folder or hub name of the PRM.")
     input: str = flag("./data/solutions.jsonl", "Questions with solutions, JSON or JSONL.")
-    output: str = flag("./scores.jsonl", "JSONL file to write; an existing one is replaced.")
+    out: str = flag(
+        "./scores.jsonl", "JSONL file to write; an existing one is replaced.", aliases=["output"]
+    )
     image_root: str | None = flag(
         None, "Folder that image paths start at (default: the input file's own folder)."
     )
@@ -46,7 +48,7 @@ def score_file(config: ScoreConfig) -> str:
     Raises:
         InputError: a flag or the model cannot be used, or a score is not a number.
     """
-    output, name = Path(config.output), prm_name(config.model)
+    output, name = Path(config.out), prm_name(config.model)
     parts = output.with_name(output.name + ".parts")
     inputs: list[str | Path] = [config.input, config.model, Path(config.model, EXPORT)]
     refuse_overwriting([output, parts], inputs, into=output.parent)
@@ -84,7 +86,7 @@ def _plan(config: ScoreConfig) -> str:
     bad = f"; {len(errors)} lines cannot be scored, the first is {errors[0]}" if errors else ""
     return (
         f"{config.input}: {lines} lines with {solutions} solutions{bad}\n"
-        f"{config.model} would score them into {config.output}; nothing was written\n"
+        f"{config.model} would score them into {config.out}; nothing was written\n"
     )
 
 

@@ -170,7 +170,7 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
         logger.warning("checkpoint %s is damaged and skipped: %s", path, problem)
     if found:
         raise InputError(
-            f"no checkpoint in {folder} is whole; choose another weights_path, or remove the run "
+            f"no checkpoint in {folder} is whole; choose another --out, or remove the run "
             "folder to start anew"
         )
     return None

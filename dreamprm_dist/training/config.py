@@ -118,7 +118,11 @@ class RunConfig(FlagGroup):
 
     _argument_group_name: ClassVar[str] = "run"
 
-    weights_path: str = flag("./weights", "Run folder: config, metrics, checkpoints, export.")
+    weights_path: str = flag(
+        "./weights",
+        "Run folder, also as --out: config, metrics, checkpoints, export.",
+        aliases=["out"],
+    )
     iteration_num: AtLeastOne = flag(
         100_000, "Outer iterations: unroll_steps lower steps, one upper."
     )

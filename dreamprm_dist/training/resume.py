@@ -67,11 +67,11 @@ def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> 
             elif value != settings.get(name):
                 raise InputError(
                     f"{checkpoint.path} was made with {name} = {value}, but now it is "
-                    f"{settings.get(name)}; set it back, or choose another weights_path for a new "
+                    f"{settings.get(name)}; set it back, or choose another --out for a new "
                     "run (iteration_num may be raised)"
                 )
     elif metrics.exists() and not (may_resume and _is_same_run(config, folder / "config.yaml")):
-        raise InputError(f"{folder} already holds a run; choose another weights_path or remove it")
+        raise InputError(f"{folder} already holds a run; choose another --out or remove it")
     return checkpoint
 
 

@@ -9,13 +9,15 @@ import pytest
 import yaml
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.run import EvaluateConfig
+from dreamprm_dist.evaluation.score_file import ScoreConfig
 from dreamprm_dist.flags import parse_args
 from dreamprm_dist.hypergradient import ESTIMATORS, SAMA, HypergradientConfig
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.features import FEATURES
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
-from dreamprm_dist.training.config import TrainConfig, parse_train_config, save_config
+from dreamprm_dist.training.config import RunConfig, TrainConfig, parse_train_config, save_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -68,6 +70,15 @@ def test_the_reference_implementations_spelling_is_an_alias():
     config = parse_train_config(["--gradiant_accumulation", "3", "--gradiant_clipping=0.5"])
     assert config.lower.gradient_accumulation == 3
     assert config.lower.gradient_clipping == 0.5
+
+
+@pytest.mark.parametrize(
+    ("section", "old"),
+    [(RunConfig, "weights_path"), (EvaluateConfig, "output_dir"), (ScoreConfig, "output")],
+)
+def test_every_command_calls_out_what_it_writes(section: type, old: str):
+    ((new,), (before,)) = (parse_args((section,), [f"--{name}", "x"], "") for name in ("out", old))
+    assert new == before != section()
 
 
 def test_flags_override_a_recipe_and_a_recipe_the_defaults(tmp_path: Path):

@@ -53,7 +53,7 @@ def judged(tmp_path: Path, monkeypatch):
         text = evaluate(
             EvaluateConfig(
                 model=["prm=nowhere"],
-                output_dir=str(out),
+                out=str(out),
                 device="cpu",
                 aggregation_function="mean" if meta is None else "meta",
                 **flags,

@@ -79,7 +79,7 @@ RECORDS: dict[str, Callable[[str, str], object]] = {
     ),
     "sample": lambda a, b: sample.main([a, "--n", "1", "--out", b, "--overwrite"]),
     "generate": lambda a, b: generate.main([a, *SERVER, "--out", b, "--overwrite"]),
-    "score": lambda a, b: score_file(ScoreConfig(input=a, output=b, device="cpu")),
+    "score": lambda a, b: score_file(ScoreConfig(input=a, out=b, device="cpu")),
 }
 
 
@@ -169,7 +169,7 @@ def test_shards_do_not_replace_the_folder_of_their_source(
 
 def evaluated(test: str, out: str, model: str = "m", meta: str | None = None) -> None:
     chosen = {"meta_json_file": meta, "aggregation_function": "meta"} if meta else {}
-    evaluate(EvaluateConfig(model=[model], test_json_file=test, output_dir=out, **chosen))
+    evaluate(EvaluateConfig(model=[model], test_json_file=test, out=out, **chosen))
 
 
 MODEL = "runs/a/export"
@@ -181,15 +181,15 @@ FOLDERS: dict[str, Callable[[], object]] = {
     "evaluated into the model": lambda: evaluated("in.jsonl", MODEL, f"x={MODEL}"),
     "evaluated into the run": lambda: evaluated("in.jsonl", "runs/a", MODEL),
     "scored into the model": lambda: score_file(
-        ScoreConfig(model=MODEL, input="in.jsonl", output=f"{MODEL}/config.json")
+        ScoreConfig(model=MODEL, input="in.jsonl", out=f"{MODEL}/config.json")
     ),
     "evaluated into the run's model": lambda: evaluated("in.jsonl", MODEL, "runs/a"),
     "scored into the run's model": lambda: score_file(
-        ScoreConfig(model="runs/a", input="in.jsonl", output=f"{MODEL}/s.jsonl")
+        ScoreConfig(model="runs/a", input="in.jsonl", out=f"{MODEL}/s.jsonl")
     ),
     "run is the model of a run": lambda: train(reward_model="runs/a", weights_path=MODEL),
     "parts": lambda: score_file(
-        ScoreConfig(input="runs/s.jsonl.parts/rank0.jsonl", output="runs/s.jsonl")
+        ScoreConfig(input="runs/s.jsonl.parts/rank0.jsonl", out="runs/s.jsonl")
     ),
     "export over the model": lambda: launch("export").main(
         [f"--model={MODEL}", "--output_dir=runs/a/export/"]
