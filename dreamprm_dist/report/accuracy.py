@@ -1,34 +1,70 @@
 """Accuracies of PRMs with intervals, from an evaluation's `results.json`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dreamprm_dist.evaluation.results import Results, TableRow
+from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure
-from dreamprm_dist.report.style import GREY, decimal, label_of, line_styles, percent, points
+from dreamprm_dist.report.style import (
+    GREY,
+    decimal,
+    label_of,
+    line_styles,
+    percent,
+    plot_label,
+    points,
+)
 
 
-def _interval(values: Sequence[float], show) -> str:
+def _interval(values: Sequence[float], show: Callable[[object], str]) -> str:
     return " to ".join(map(show, values))
 
 
 def table_accuracy(results: Results) -> str:
-    """All methods and aggregations, and the gain of each over the first candidate."""
+    """Each method, a PRM with the aggregation that stands for it, and its gain over the first."""
     rows = [
         (
-            _method(row),
-            percent(row.accuracy),
-            _interval(row.interval_95, percent),
-            points(row.over_first),
-            _interval(row.over_first_interval_95, points),
+            (label_of(row.prm or row.method), row.aggregation),
+            (percent(row.accuracy), _interval(row.interval_95, percent)),
+            (points(row.over_first), _interval(row.over_first_interval_95, points)),
         )
-        for row in results.table
+        for row in _standing(results)
     ]
     caption = (
         f"Questions with a right pick, of {results.num_questions:,}; percentage points over the "
-        "first candidate; paired 95% intervals"
+        "first candidate; below both their paired 95% intervals"
     )
-    head = ("Picked by", "Right", "Interval", "Over first", "Interval")
-    return html_table(caption, head, rows)
+    return html_table(caption, ("Picked by", "Right", "Over first"), rows)
+
+
+def table_aggregations(results: Results) -> str:
+    """Right picks of each PRM by aggregation: the one that stands for it is marked."""
+    on_test = {label: results.accuracies(label) for label in results.prms}
+    chosen = "the best on the meta set" if results.meta_accuracy else "given to launch/evaluate.py"
+    tables = {
+        f"Right picks by aggregation. ★ stands for its PRM on the rest of this page: {chosen}.": (
+            on_test
+        ),
+        f"The same on the meta set, {results.chosen_on}": results.meta_accuracy,
+    }
+    return "".join(
+        html_table(
+            caption,
+            ("PRM", *AGGREGATIONS),
+            [
+                (
+                    label_of(label),
+                    *(
+                        ("★ " if results.prms[label].aggregation == name else "")
+                        + percent(accuracies[label].get(name))
+                        for name in AGGREGATIONS
+                    ),
+                )
+                for label in accuracies
+            ],
+        )
+        for caption, accuracies in tables.items()
+    )
 
 
 def table_between(results: Results) -> str:
@@ -36,14 +72,12 @@ def table_between(results: Results) -> str:
     rows = [
         (
             f"{label_of(row.prm)} − {label_of(row.over)}",
-            points(row.difference),
-            _interval(row.interval_95, points),
+            (points(row.difference), _interval(row.interval_95, points)),
         )
         for row in results.between
     ]
-    chosen = ", ".join(f"{label_of(label)}: {p.aggregation}" for label, p in results.prms.items())
-    caption = f"PRMs against each other, percentage points ({chosen})"
-    return html_table(caption, ("Difference", "Mean", "Interval"), rows)
+    caption = "PRMs against each other, percentage points, with 95% intervals"
+    return html_table(caption, ("Difference", "Mean"), rows)
 
 
 def table_subjects(results: Results) -> str:
@@ -53,7 +87,7 @@ def table_subjects(results: Results) -> str:
         (subject, f"{row['num_questions']:,}", *(percent(row[method]) for method in methods))
         for subject, row in results.by_subject.items()
     ]
-    return html_table("By subject", ("Subject", "Questions", *map(label_of, methods)), rows)
+    return html_table("By subject", ("Subject", "Questions", *map(plot_label, methods)), rows)
 
 
 def table_steps(results: Results) -> str:
@@ -69,10 +103,7 @@ def table_steps(results: Results) -> str:
 
 def figure_intervals(results: Results) -> str:
     """Accuracies with their intervals, each PRM with the aggregation that stands for it."""
-    rows = [
-        row for row in results.table
-        if not row.prm or results.prms[row.prm].aggregation == row.aggregation
-    ]  # fmt: skip
+    rows = _standing(results)
     styles = line_styles(results.prms)
     figure, axes = axes_of(0.8 + 0.32 * len(rows))
     for place, row in enumerate(rows):
@@ -80,7 +111,7 @@ def figure_intervals(results: Results) -> str:
         color = styles[row.prm]["color"] if row.prm else GREY
         axes.plot([low, high], [place, place], color=color, linewidth=2)
         axes.plot(100 * row.accuracy, place, "o", color=color)
-    axes.set_yticks(range(len(rows)), [_method(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [plot_label(row.prm or row.method) for row in rows])
     axes.set(xlabel="right picks, %")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
@@ -95,7 +126,7 @@ def figure_by_n(results: Results) -> str:
     figure, axes = axes_of()
     for name, style in line_styles(results.prms).items():
         values = [100 * row[name] for row in results.by_n.values()]
-        axes.plot(numbers, values, marker="o", markersize=3, label=label_of(name), **style)
+        axes.plot(numbers, values, marker="o", markersize=3, label=plot_label(name), **style)
     for name, dashes in (("oracle", "-"), ("self_consistency", "--"), ("random", ":")):
         values = [100 * row[name] for row in results.by_n.values()]
         axes.plot(numbers, values, color=GREY, linestyle=dashes, label=label_of(name))
@@ -103,5 +134,9 @@ def figure_by_n(results: Results) -> str:
     return svg_figure(figure, "Right picks against N", "Expected right picks against N.")
 
 
-def _method(row: TableRow) -> str:
-    return f"{label_of(row.prm)}, {row.aggregation}" if row.prm else label_of(row.method)
+def _standing(results: Results) -> list[TableRow]:
+    """The methods, each PRM once."""
+    return [
+        row for row in results.table
+        if not row.prm or results.prms[row.prm].aggregation == row.aggregation
+    ]  # fmt: skip

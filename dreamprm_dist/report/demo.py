@@ -7,8 +7,19 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.report.html import axes_of, html_table, svg_figure, whole_page, wrap
+from dreamprm_dist.evaluation.results import read_results
+from dreamprm_dist.report.html import (
+    Cell,
+    axes_of,
+    html_table,
+    notes,
+    svg_figure,
+    whole_page,
+    wrap,
+)
+from dreamprm_dist.report.questions import question_cards
 from dreamprm_dist.report.runs import Run, read_json
 from dreamprm_dist.report.style import (
     BLUE,
@@ -20,17 +31,17 @@ from dreamprm_dist.report.style import (
     number,
     ordered,
     percent,
+    plot_label,
     points,
 )
 from dreamprm_dist.report.training import (
-    BANDS,
     LOSSES,
-    PHASES,
     details_settings,
     figure_loss,
     figure_quantiles,
     figure_seconds,
 )
+from dreamprm_dist.report.weights import figure_histogram, instances
 
 
 @matplotlib.rc_context(PLOT_STYLE)
@@ -43,16 +54,21 @@ def write_demo_report(folder: Path) -> Path:
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict):
         raise InputError(f"{folder} has no summary.json; name a folder that launch/demo.py made")
+    # The runs of several seeds lie in a folder for each; its first one shows what is in all.
+    home = next(iter(sorted(folder.glob("seed-*/"))), folder)
     found = {p.parent.name for n in ("metrics.jsonl", "config.yaml") for p in folder.glob(f"*/{n}")}
     runs = [Run.read(folder / name) for name in ordered(found)]
-    truth = read_json(folder / "data" / "truth.json")
-    flipped = np.array([bool(t["flipped"]) for t in truth or []])
+    truth = read_json(home / "data" / "truth.json")
+    flipped = np.array([bool(t["flipped"]) for t in truth or []], dtype=bool)
     accuracy, auc = summary.get("accuracy", {}), summary.get("noise_auc", {})
     differences, seeds = _differences(summary), summary.get("seeds", [])
     # Other lengths mean that records were rejected, and sample IDs are not those of the truth.
     weighted = [r for r in runs if 0 < len(r.weights) == len(flipped)]
+    missing = [text for run in runs if run.name != "evaluation" for text in run.missing()]
     sections = {
+        "What is missing": [notes(missing)],
         "Key figures": [summary_tiles(summary, differences, flipped)],
+        "The task: handwritten digits": task(home, flipped),
         "Which solution is picked": [
             table_accuracy(accuracy),
             wrap("stack", figure_accuracy(accuracy) + table_differences(differences)),
@@ -65,11 +81,17 @@ def write_demo_report(folder: Path) -> Path:
             *(figure_weights(run, flipped) for run in weighted),
             table_noise_auc(auc),
         ],
+        **{
+            f"Training solutions at the ends, {label_of(run.name).lower()}": [
+                ends(run, home / "shards" / "train" / "train", flipped)
+            ]
+            for run in weighted[:1]
+        },
         "Losses and weights over iterations": [
             *(figure_loss(runs, loss) for loss in LOSSES),
-            *(figure_quantiles(run) for run in runs if {*BANDS} <= {*run.metrics}),
+            *map(figure_quantiles, runs),
         ],
-        "Where time goes": [figure_seconds([r for r in runs if any(map(r.seconds, PHASES))])],
+        "Where time goes": [figure_seconds(runs)],
         "Settings": [wrap("wide", "".join(map(details_settings, runs)))],
     }
     page = whole_page(
@@ -119,6 +141,38 @@ def _verdict(accuracy: dict, auc: dict, differences: dict, seeds: int) -> str:
     return " ".join(sentences) or "This folder holds no accuracies to compare."
 
 
+def task(folder: Path, flipped: np.ndarray) -> list[str]:
+    """What the demo's data are, and the first test questions with what was made of them."""
+    lines = [
+        "The images are real handwritten digits, 1,797 of scikit-learn's; training, meta and test "
+        "questions are about different ones. A question (even or odd? larger than four?) comes "
+        "with solutions in three steps: the digit that was read, what follows from it, the answer.",
+    ]
+    if len(flipped):
+        lines.append(
+            f"The training labels are noisy on purpose: of {len(flipped):,} solutions "
+            f"{flipped.sum():,} have every label flipped. The meta set is small and clean."
+        )
+    evaluation, data = folder / "evaluation", folder / "data"
+    if not (path := evaluation / "results.json").is_file():
+        return [notes([*lines, f"Questions cannot be shown: there is no {path}."])]
+    cards = question_cards(
+        read_results(path), evaluation / "scores.jsonl", data / "test.json", data
+    )
+    return [notes(lines), cards]
+
+
+def ends(run: Run, shards: Path, flipped: np.ndarray) -> str:
+    """The most raised and most lowered training solutions, and which of them were flipped."""
+    truth = [
+        "In truth: every label is flipped." if f else "In truth: labels as made." for f in flipped
+    ]
+    try:
+        return instances(run, ShardFolder(shards), truth)
+    except (InputError, OSError) as error:
+        return notes([f"Training solutions cannot be shown: {error}."])
+
+
 def summary_tiles(summary: dict, differences: dict, flipped: np.ndarray) -> str:
     accuracy, auc = summary.get("accuracy", {}), summary.get("noise_auc", {})
     tiles = {
@@ -140,9 +194,13 @@ def table_accuracy(accuracy: dict) -> str:
     return html_table(
         "Questions with a right pick, and percentage points over the first candidate",
         ("Picked by", "Right", "Over first"),
-        [(n, percent(accuracy[n]), points(accuracy[n], first)) for n in ordered(accuracy)],
-        by_method=True,
+        [(_method(n), percent(accuracy[n]), points(accuracy[n], first)) for n in ordered(accuracy)],
     )
+
+
+def _method(name: str) -> Cell:
+    label, explanation, _ = method_of(name)
+    return label, explanation
 
 
 def table_differences(differences: dict) -> str:
@@ -157,17 +215,18 @@ def table_differences(differences: dict) -> str:
 def table_seeds(seeds: list[dict], key: str, caption: str, first: str, shown: Callable) -> str:
     """Methods down, seeds across: `accuracy` or `noise_auc`, formatted by `shown`."""
     names = ordered({name for seed in seeds for name in seed.get(key, {})})
-    rows = [(name, *(shown(seed.get(key, {}).get(name)) for seed in seeds)) for name in names]
+    rows = [
+        (_method(name), *(shown(seed.get(key, {}).get(name)) for seed in seeds)) for name in names
+    ]
     head = (f"Seed {seed.get('seed', '–')}" for seed in seeds)
-    return html_table(caption, (first, *head), rows, by_method=True)
+    return html_table(caption, (first, *head), rows)
 
 
 def table_noise_auc(auc: dict) -> str:
     return html_table(
         "Noise AUC: how often a clean instance ranks above a flipped one; 0.50 is chance",
         ("Ranked by", "AUC"),
-        [(name, decimal(auc[name])) for name in ordered(auc)],
-        by_method=True,
+        [(_method(name), decimal(auc[name])) for name in ordered(auc)],
     )
 
 
@@ -177,8 +236,9 @@ def figure_accuracy(accuracy: dict) -> str:
     if not values:
         return ""
     figure, axes = axes_of(0.6 + 0.3 * len(values))
-    labels, colors = map(label_of, values), [method_of(name)[2] for name in values]
-    bars = axes.barh([*labels], [*values.values()], color=colors, height=0.7)
+    rows, colors = range(len(values)), [method_of(name)[2] for name in values]
+    bars = axes.barh(rows, [*values.values()], color=colors, height=0.7)
+    axes.set_yticks(rows, map(plot_label, values))
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set(xlim=(0, 100), xlabel="right picks, %")
     axes.invert_yaxis()
@@ -187,14 +247,11 @@ def figure_accuracy(accuracy: dict) -> str:
 
 
 def figure_weights(run: Run, flipped: np.ndarray) -> str:
-    figure, axes = axes_of()
-    edges, medians = np.histogram_bin_edges(run.weights[np.isfinite(run.weights)], bins=30), []
-    for name, group, color in (("clean", ~flipped, BLUE), ("flipped", flipped, VERMILION)):
-        values = run.weights[group]
-        shares = 100 * np.histogram(values, edges)[0] / max(1, len(values))
-        axes.stairs(shares, edges, color=color, alpha=0.3, fill=True)
-        axes.stairs(shares, edges, color=color, linewidth=1.5, label=f"{name} ({len(values)})")
-        medians.append(f"{name} {np.median(values) if len(values) else math.nan:.2f}")
-    axes.set(xlabel="weight", ylabel="instances of the group, %")
     label = f"Weights, {label_of(run.name).lower()}"
-    return svg_figure(figure, label, f"{label}. Medians: {', '.join(medians)}.")
+    groups, styles, medians = {}, {}, []
+    for name, mask, color in (("clean", ~flipped, BLUE), ("flipped", flipped, VERMILION)):
+        values = run.weights[mask]
+        group = f"{name} ({len(values)})"
+        groups[group], styles[group] = values, {"color": color}
+        medians.append(f"{name} {decimal(float(np.median(values)) if len(values) else None)}")
+    return figure_histogram(groups, styles, label, f"{label}. Medians: {', '.join(medians)}.")

@@ -1,5 +1,6 @@
 """Tables, figures and the page of a report, as HTML that loads nothing."""
 
+import base64
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,15 +10,22 @@ from string import Template
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
-from dreamprm_dist.report.style import method_of
+from dreamprm_dist.data.images import decode_image
+from dreamprm_dist.errors import RecordError
+
+THUMBNAIL = 320  # pixels
+
+# Its text, or its text and a small note under it.
+Cell = str | tuple[str, str]
 
 PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def whole_page(name: str, title: str, verdict: str, sections: Mapping[str, Sequence[str]]) -> str:
     """The page; sections are HTML by heading, and one without content is left out."""
-    return PAGE.substitute(
+    page = PAGE.substitute(
         name=escape(name),
         title=escape(title),
         verdict=escape(verdict),
@@ -27,6 +35,7 @@ def whole_page(name: str, title: str, verdict: str, sections: Mapping[str, Seque
             if any(parts)
         ),
     )
+    return page.encode("utf-8", "replace").decode()  # a text of JSON may hold half a surrogate pair
 
 
 def axes_of(height: float = 2.9) -> tuple[Figure, matplotlib.axes.Axes]:
@@ -39,6 +48,10 @@ def svg_figure(figure: Figure, label: str, caption: str) -> str:
     """A plot as inline SVG: no date, no outside names, no id that another plot has."""
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", ncols=3, columnspacing=1, handlelength=1.6)
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        if isinstance(axis.get_major_formatter(), ScalarFormatter):
+            # Each tick says all of its number: no offset, no factor at the axis' end.
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label}):
@@ -57,19 +70,39 @@ def wrap(name: str, content: str) -> str:
     return content and f'<div class="{name}">{content}</div>'
 
 
-def html_table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], by_method: bool = False
-) -> str:
-    """A table in a box that scrolls by itself; `by_method`: rows start with a method's name."""
+def notes(lines: Iterable[str]) -> str:
+    """Sentences as a list, where there are any."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return items and f'<ul class="notes wide">{items}</ul>'
+
+
+def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table in a box that scrolls by itself, where there are rows."""
     body = ""
     for first, *cells in rows:
-        label, note, _ = method_of(first) if by_method else (first, "", "")
-        note = note and f"<small>{escape(note)}</small>"
-        body += f'<tr><th scope="row">{escape(label)}{note}</th>'
-        body += "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n"
+        body += f'<tr><th scope="row">{_cell(first)}</th>'
+        body += "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>\n"
     titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     return body and (
+        f'<figure class="table"><figcaption>{escape(caption)}</figcaption>\n'
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>\n'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{titles}</tr></thead>\n"
-        f"<tbody>\n{body}</tbody></table></div>\n"
+        f"<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}</tbody></table></div></figure>\n"
     )
+
+
+def _cell(cell: Cell) -> str:
+    text, note = (cell, "") if isinstance(cell, str) else cell
+    return escape(text) + (note and f"<small>{escape(note)}</small>")
+
+
+def thumbnail(data: bytes) -> str:
+    """An encoded image in small, embedded; a sentence in place of one that is broken."""
+    try:
+        image = decode_image(data).convert("RGB")
+    except RecordError:
+        return "<p>(image cannot be shown)</p>"
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="the question\'s image" src="data:image/webp;base64,{encoded}">'

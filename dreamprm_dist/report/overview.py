@@ -16,17 +16,17 @@ from dreamprm_dist.report.accuracy import (
     figure_by_n,
     figure_intervals,
     table_accuracy,
+    table_aggregations,
     table_between,
     table_steps,
     table_subjects,
 )
-from dreamprm_dist.report.html import html_table, whole_page, wrap
-from dreamprm_dist.report.runs import Run
-from dreamprm_dist.report.style import PLOT_STYLE, decimal, label_of, percent
+from dreamprm_dist.report.html import html_table, notes, whole_page, wrap
+from dreamprm_dist.report.questions import question_cards
+from dreamprm_dist.report.runs import Run, read_yaml
+from dreamprm_dist.report.style import PLOT_STYLE, decimal, label_of, percent, shortened
 from dreamprm_dist.report.training import (
-    BANDS,
     LOSSES,
-    PHASES,
     details_settings,
     figure_curve,
     figure_loss,
@@ -40,6 +40,8 @@ from dreamprm_dist.report.weights import (
     table_datasets,
     training_shards,
 )
+
+RUN_FILES = ("metrics.jsonl", "config.yaml", "export")  # any of them makes a folder a run's
 
 
 @matplotlib.rc_context(PLOT_STYLE)
@@ -61,9 +63,9 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     )
     refuse_overwriting([out], [results, *(folder / name for folder in folders for name in read)])
     for folder in folders:
-        if not (folder / "metrics.jsonl").is_file():
+        if not any((folder / name).exists() for name in RUN_FILES):
             raise InputError(
-                f"{folder} holds neither a run (metrics.jsonl) nor a demo (summary.json); name a "
+                f"{folder} holds neither a run ({RUN_FILES[0]}) nor a demo (summary.json); name a "
                 "run folder of launch/train.py"
             )
     paths = [folder.resolve() for folder in folders]
@@ -77,11 +79,24 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     found = [folder / "evaluation" / "results.json" for folder in folders]
     results = results or next(filter(Path.is_file, found), None)
     evaluation = read_results(results) if results else None
+    missing = [sentence for run in runs for sentence in run.missing()]
+    if not evaluation:
+        missing.append("No evaluation: launch/evaluate.py makes one.")
     weighted = [run for run in runs if len(run.weights)]
-    with_data = [(run, shards) for run in weighted if (shards := training_shards(run))]
+    by_data, ends = [], {}
+    for run in weighted:
+        try:
+            shards = training_shards(run)
+            by_data.append(wrap("wide", table_datasets(run, shards)))
+            name = f"Instances at the ends, {label_of(run.name).lower()}"
+            ends[name] = [instances(run, shards)]
+        except (InputError, OSError) as error:
+            missing.append(f"{run.name}: its instances cannot be shown: {error}.")
     sections = {
+        "What is missing": [notes(missing)],
         "Runs": [wrap("wide", _table_runs(runs))],
         "Which solution is picked": _accuracy(evaluation) if evaluation else [],
+        "Questions and picks": [_questions(evaluation, results)] if evaluation and results else [],
         "Losses and learning rates": [
             *(figure_loss(runs, loss) for loss in LOSSES),
             figure_curve(runs, "lr", "Learning rate"),
@@ -89,15 +104,12 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
         ],
         "Weights": [
             figure_distribution(weighted),
-            *(figure_quantiles(run) for run in runs if {*BANDS} <= {*run.metrics}),
-            *(table_datasets(run, shards) for run, shards in with_data),
+            *map(figure_quantiles, runs),
+            *by_data,
         ],
-        **{
-            f"Instances at the ends, {label_of(run.name).lower()}": [instances(run, shards)]
-            for run, shards in with_data
-        },
+        **ends,
         "Where time goes": [
-            figure_seconds([run for run in runs if any(map(run.seconds, PHASES))]),
+            figure_seconds(runs),
             figure_curve(runs, "samples_per_second", "Instances per second"),
         ],
         "Settings": [wrap("wide", "".join(map(details_settings, runs)))],
@@ -110,13 +122,20 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
 
 def _accuracy(results: Results) -> list[str]:
     return [
-        wrap("wide", table_accuracy(results)),
-        figure_intervals(results),
-        figure_by_n(results),
-        wrap("wide", table_between(results)),
+        table_accuracy(results),
+        wrap("stack", figure_intervals(results) + figure_by_n(results)),
+        wrap("wide", table_aggregations(results)),
+        table_between(results),
+        table_steps(results),
         wrap("wide", table_subjects(results)),
-        wrap("wide", table_steps(results)),
     ]
+
+
+def _questions(results: Results, path: Path) -> str:
+    """Cards of the questions, found through the evaluation's own settings."""
+    file = Path(results.test_json_file)
+    root = Path(read_yaml(path.with_name("config.yaml")).get("image_root") or file.parent)
+    return question_cards(results, path.with_name("scores.jsonl"), file, root)
 
 
 def _table_runs(runs: Sequence[Run]) -> str:
@@ -145,9 +164,10 @@ def _table_runs(runs: Sequence[Run]) -> str:
 
 def _verdict(results: Results | None) -> str:
     if not results:
-        return "These runs have no evaluation yet; launch/evaluate.py makes one."
+        return "These runs have no evaluation yet."
     shares = (
-        f"{label_of(label)} for {percent(results.accuracies(label)[prm.aggregation])}"
+        f"{shortened(label_of(label), 60)} for "
+        + percent(results.accuracies(label)[prm.aggregation])
         for label, prm in results.prms.items()
     )
     return (

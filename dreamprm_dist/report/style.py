@@ -65,6 +65,17 @@ def label_of(name: str) -> str:
     return method_of(name)[0]
 
 
+def plot_label(name: str) -> str:
+    """Label of a method in a plot, where a long one would leave no room for the data."""
+    return shortened(label_of(name), 24)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most this many characters: of a longer one the beginning and the end."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
 def number(value: object) -> float:
     """A number; NaN for anything else."""
     return float(value) if isinstance(value, int | float) else math.nan
@@ -73,6 +84,21 @@ def number(value: object) -> float:
 def decimal(value: object, digits: int = 2) -> str:
     """A number for reading, or a dash."""
     return f"{number(value):,.{digits}f}" if math.isfinite(number(value)) else "–"
+
+
+def significant(value: float) -> str:
+    """A score or a weight, or a dash: small ones, and those close to 1, keep what tells them apart.
+
+    Three decimals, and up to six where the number or its distance to 1 has its first two digits
+    there; below that an exponent. `serving/page.html` has the same rule.
+    """
+    if not math.isfinite(value):
+        return "–"
+    gap = min(abs(value), abs(1 - value))
+    places = max(3, 1 - math.floor(math.log10(gap))) if gap else 0
+    if places > 6 and abs(value) < 0.5:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.{min(places, 6)}f}"
 
 
 def percent(value: object) -> str:

@@ -283,7 +283,9 @@ def test_what_is_not_there_is_left_out(folder: Path, part: str):
 def test_a_summary_alone_is_enough(tmp_path: Path):
     write_summary(tmp_path)
     page = write_demo_report(tmp_path).read_text()
-    assert "This folder holds no accuracies to compare." in page and "<h2>" not in page
+    assert "This folder holds no accuracies to compare." in page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["The task: handwritten digits"]
+    assert "Questions cannot be shown: there is no" in page
 
 
 def test_diverged_runs_and_rejected_records(folder: Path):
@@ -295,7 +297,8 @@ def test_diverged_runs_and_rejected_records(folder: Path):
     write_json(folder / "data" / "truth.json", [{"flipped": i < 30} for i in range(60)])
     table = pd.DataFrame({"sample_id": range(60), "weight": [np.nan] * 60})
     table.to_parquet(folder / "instance_table" / "export" / "instance_weights.parquet")
-    assert "Medians: clean nan, flipped nan." in write_demo_report(folder).read_text()
+    page = write_demo_report(folder).read_text()
+    assert "Medians" not in page and "instance_table: 60 of 60 weights are no numbers." in page
 
 
 def test_command(folder: Path, tmp_path: Path):
@@ -344,12 +347,12 @@ def test_page_of_runs(runs: list[Path], tiny_shards: Path, tmp_path: Path):
     assert outline.open == [] and len(outline.ids) == len(set(outline.ids))
     assert "<script" not in page and "http" not in page
     sources = re.findall(r'src="([^"]{0,30})', page)
-    assert len(sources) == 8 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 8 and all(s.startswith("data:image/webp;base64,") for s in sources)
     # Intervals, accuracy against N, losses (3), weights (2), seconds.
     assert page.count('role="img"') == 8
     accuracy = read_results(results).accuracies("my_table")["min"]
-    cells = next(cells for cells in outline.rows if cells[0] == "My table, min")
-    assert cells[1] == f"{accuracy:.1%}"
+    cells = next(cells for cells in outline.rows if cells[:1] == ["My table"] and len(cells) == 7)
+    assert cells[2] == f"{accuracy:.1%}" and [cell[0] for cell in cells].count("★") == 1
     expected = effective_sample_size(np.linspace(0, 2, 64))
     assert ["My table", "100", "–", "0.050", "–", "–", "64", f"{expected:.0f}"] in outline.rows
 
@@ -362,7 +365,7 @@ def test_the_ends_of_the_weights_are_shown(runs: list[Path], tiny_shards: Path, 
     raised, lowered = shown[:4], shown[4:]
     assert [name for _, _, name in raised] == [names[i] for i in (63, 62, 61, 60)]
     assert [name for _, _, name in lowered] == [names[i] for i in range(4)]
-    assert raised[0][:2] == ("Most raised", "2.00") and lowered[0][:2] == ("Most lowered", "0.00")
+    assert raised[0][:2] == ("Most raised", "2.000") and lowered[0][:2] == ("Most lowered", "0")
     assert page.count("labelled right (+)") + page.count("labelled wrong (−)") == 8 * 3
     assert "have no evaluation yet" in page
 
