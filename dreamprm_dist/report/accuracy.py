@@ -25,7 +25,7 @@ def table_accuracy(results: Results) -> str:
     rows = [
         (
             (label_of(row.prm or row.method), row.aggregation),
-            (percent(row.accuracy), _interval(row.interval_95, percent)),
+            (percent(row.accuracy), _interval(row.interval_95, percent).replace("%", "")),
             (points(row.over_first), _interval(row.over_first_interval_95, points)),
         )
         for row in _standing(results)

@@ -14,8 +14,10 @@ from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.errors import RecordError
+from dreamprm_dist.report.style import shortened
 
 THUMBNAIL = 320  # pixels
+MOST_TEXT = 300  # characters of a cell
 
 # Its text, or its text and a small note under it.
 Cell = str | tuple[str, str]
@@ -46,8 +48,9 @@ def axes_of(height: float = 2.9) -> tuple[Figure, matplotlib.axes.Axes]:
 
 def svg_figure(figure: Figure, label: str, caption: str) -> str:
     """A plot as inline SVG: no date, no outside names, no id that another plot has."""
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=3, columnspacing=1, handlelength=1.6)
+    if labels := figure.axes[0].get_legend_handles_labels()[1]:
+        columns = 3 if max(map(len, labels)) < 20 else 2
+        figure.legend(loc="outside upper left", ncols=columns, columnspacing=1, handlelength=1.6)
     for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
         if isinstance(axis.get_major_formatter(), ScalarFormatter):
             # Each tick says all of its number: no offset, no factor at the axis' end.
@@ -92,7 +95,7 @@ def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]
 
 def _cell(cell: Cell) -> str:
     text, note = (cell, "") if isinstance(cell, str) else cell
-    return escape(text) + (note and f"<small>{escape(note)}</small>")
+    return escape(shortened(text, MOST_TEXT)) + (note and f"<small>{escape(note)}</small>")
 
 
 def thumbnail(data: bytes) -> str:

@@ -24,7 +24,7 @@ from dreamprm_dist.report.accuracy import (
 from dreamprm_dist.report.html import html_table, notes, whole_page, wrap
 from dreamprm_dist.report.questions import question_cards
 from dreamprm_dist.report.runs import Run, read_yaml
-from dreamprm_dist.report.style import PLOT_STYLE, decimal, label_of, percent, shortened
+from dreamprm_dist.report.style import PLOT_STYLE, decimal, label_of, percent
 from dreamprm_dist.report.training import (
     LOSSES,
     details_settings,
@@ -166,8 +166,7 @@ def _verdict(results: Results | None) -> str:
     if not results:
         return "These runs have no evaluation yet."
     shares = (
-        f"{shortened(label_of(label), 60)} for "
-        + percent(results.accuracies(label)[prm.aggregation])
+        f"{label_of(label)} for {percent(results.accuracies(label)[prm.aggregation])}"
         for label, prm in results.prms.items()
     )
     return (

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from dreamprm_dist.data.images import image_bytes
-from dreamprm_dist.errors import RecordError
+from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.questions import Question, read_test_questions
 from dreamprm_dist.evaluation.results import Results
 from dreamprm_dist.files import whole_lines
@@ -38,17 +38,31 @@ def question_cards(results: Results, scores: Path, file: Path, image_root: Path)
     read = enumerate(read_test_questions(str(file)))
     questions = {i: q for i, q in islice(read, 10 * QUESTIONS) if isinstance(q, Question)}
     rows: dict[int, dict[str, list[dict]]] = {}
-    for row in map(json.loads, whole_lines(scores)):
-        if row["question"] in questions:
-            rows.setdefault(row["question"], {}).setdefault(row["prm"], []).append(row)
-    best = max(
-        results.prms, key=lambda label: results.accuracies(label)[results.prms[label].aggregation]
-    )
+    try:
+        for row in map(json.loads, whole_lines(scores)):
+            if row["question"] in questions:
+                rows.setdefault(row["question"], {}).setdefault(row["prm"], []).append(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{scores} is no scores.jsonl of launch/evaluate.py ({error!r})"
+        ) from error
     aggregations = {label: prm.aggregation for label, prm in results.prms.items()}
-    shown = list(islice((i for i in questions if best in rows.get(i, {})), QUESTIONS))
+    best = max(aggregations, key=lambda label: results.accuracies(label)[aggregations[label]])
+    shown = [i for i, q in questions.items() if _fits(q, rows.get(i, {}).get(best, []))][:QUESTIONS]
+    if not shown:
+        return notes([f"Questions cannot be shown: {scores} has no scores of those in {file}."])
     said = f"The first questions, in the file's order. Scores are those of {label_of(best)}."
     return notes([said]) + "".join(
         _question(questions[i], rows[i], best, aggregations, image_root) for i in shown
+    )
+
+
+def _fits(question: Question, rows: Sequence[Mapping]) -> bool:
+    """Whether scores are of this question: its file may have changed since."""
+    counts = [sum(turn["from"] == "gpt" for turn in turns) for turns in question.conversations]
+    return len(rows) == len(counts) and all(
+        row["step_scores"] is None or len(row["step_scores"]) == count
+        for row, count in zip(rows, counts, strict=True)
     )
 
 

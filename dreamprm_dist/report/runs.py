@@ -53,8 +53,8 @@ class Run:
         if not last:
             found.append("no metrics: no iteration was finished")
         if not self.exported:
-            end = f" of {total:,}" if (total := self.config.get("iteration_num")) else ""
-            found.append(f"unfinished, at iteration {last:,}{end}: no export, no final weights")
+            end = f" of {total}" if (total := self.config.get("iteration_num")) else ""
+            found.append(f"unfinished, at iteration {last}{end}: no export, no final weights")
         for column in ("lower_loss", "meta_loss"):
             # Both stand in every row of a run that has them at all.
             if rows := int(self.metrics[column].isna().sum()) if column in self.metrics else 0:
@@ -79,19 +79,23 @@ class Run:
         column = f"seconds_{phase}"
         if not self.has(column):
             return 0.0
-        return self.metrics[column].sum() / self.metrics["iteration"].max()
+        return self.metrics[column].sum() / max(1, self.metrics["iteration"].max())
 
 
 def _metrics(path: Path) -> pd.DataFrame:
-    rows = {}
-    for line, text in enumerate(whole_lines(path) if path.exists() else [], 1):
-        try:
+    rows: dict[int, dict] = {}
+    number = 0
+    try:
+        for text in whole_lines(path) if path.exists() else []:
+            number += 1
             row = json.loads(text)
             rows[int(row["iteration"])] = row  # a resumed run writes some iterations again
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}, line {line}: no metrics of an iteration ({error!r}); remove the line"
-            ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); restore it") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}, line {number}: no metrics of an iteration ({error!r}); remove the line"
+        ) from error
     metrics = pd.DataFrame(rows.values())
     return metrics.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
 

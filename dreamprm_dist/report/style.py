@@ -47,7 +47,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 def method_of(name: str) -> tuple[str, str, str]:
     """Label, explanation and colour of a method; an unknown one is grey."""
-    return METHODS.get(name) or (name.replace("_", " ").capitalize(), "", GREY)
+    return METHODS.get(name) or (shortened(name.replace("_", " ").capitalize(), 60), "", GREY)
 
 
 def line_styles(names: Iterable[str]) -> dict[str, dict]:

@@ -45,7 +45,7 @@ def figure_histogram(
     everything = np.concatenate([*groups.values()])
     low, high = everything.min(), everything.max()
     if high - low <= 1e-6 * max(abs(low), abs(high)):
-        return notes([f"{label}: all weights are {significant(float(high))}."])
+        return notes([f"{label}: all weights are {high:.6g}."])
     figure, axes = axes_of()
     edges = np.histogram_bin_edges(everything, bins=30)
     for name, values in groups.items():
@@ -150,7 +150,7 @@ def training_shards(run: Run) -> ShardFolder:
     Raises:
         InputError: they are not where they were, or do not fit the run's weights.
     """
-    path = Path(str(run.config.get("train_json_file", "")))
+    path = Path(str(run.config.get("train_json_file", "(no train_json_file in config.yaml)")))
     if not (path / "manifest.json").is_file():
         raise InputError(f"its training shards are not at {path}")
     shards = ShardFolder(path)
