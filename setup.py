@@ -24,7 +24,7 @@ setup(
     package_data={
         "dreamprm_dist.ds_configs": ["*.json"],
         "dreamprm_dist.report": ["page.html"],
-        "dreamprm_dist.serving": ["page.html"],
+        "dreamprm_dist.serving": ["docs.html", "page.html"],
     },
     python_requires=">=3.10",
     install_requires=[

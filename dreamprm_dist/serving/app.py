@@ -1,4 +1,4 @@
-"""Routes of the service: the page, `POST /v1/score` for programs, `GET /health`.
+"""Routes of the service: the page, `POST /v1/score` for programs, `GET /health`, `GET /docs`.
 
 Requests are scored one after another on a thread of their own, each of them one batch, while the
 service goes on taking others. Whatever cannot be scored is answered with a status from 400 on and
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import html
 import re
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +26,9 @@ from dreamprm_dist.api import PRM
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
+from dreamprm_dist.serving.docs import docs_page
+from dreamprm_dist.serving.pages import page_response
+from dreamprm_dist.serving.requests import REFUSALS, sentence
 
 PAGE = Path(__file__).with_name("page.html")
 _DATA_URL = re.compile(r"data:[\w/+.-]*;base64,")
@@ -54,7 +56,16 @@ class Limits:
 class ScoreRequest(BaseModel):
     """A question and what is to be scored."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "question": "Is 7 even?",
+                "candidates": ["7 is odd.\n\nAnswer: no", ["7 is even.", "Answer: yes"]],
+                "images": [],
+            }
+        },
+    )
 
     question: str = Field(min_length=1, description="With its options where it has any.")
     candidates: list[str | list[str] | None] = Field(
@@ -79,6 +90,12 @@ class ScoreResponse(BaseModel):
     errors: list[str | None] = Field(
         description="Of each candidate, why it has no score: it is empty or too long."
     )
+
+
+class Refusal(BaseModel):
+    """Why a request was not answered."""
+
+    error: str = Field(description="One sentence.")
 
 
 class BodyLimit:
@@ -110,25 +127,41 @@ def create_app(prm: PRM, name: str, limits: Limits | None = None) -> FastAPI:
         name: what the page and `/health` call it.
     """
     limits = limits or Limits()
-    app = FastAPI(title="dreamprm_dist", description="Scores solutions step by step.")
+    # FastAPI's own documentation loads its scripts from elsewhere.
+    app = FastAPI(
+        title="dreamprm_dist",
+        description="Scores solutions step by step.",
+        docs_url=None,
+        redoc_url=None,
+    )
     app.add_middleware(BodyLimit, most=limits.body_bytes)
     one_at_a_time = CapacityLimiter(1)
     waiting = 0
-    page, policy = _page(name)
+    options = "".join(f"<option>{aggregation}</option>" for aggregation in AGGREGATIONS)
+    page = PAGE.read_text(encoding="utf-8")
+    page = page.replace("$name", html.escape(name)).replace("$aggregations", options)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        message = REFUSALS.get(error.status_code, error.detail)
+        return JSONResponse({"error": message}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return JSONResponse({"error": f"{place}: {first['msg']}"}, 422)
+        return JSONResponse({"error": sentence(error.errors())}, 422)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        message = "the service failed at this request; its log says how"
+        return JSONResponse({"error": message}, 500)
+
+    @app.get("/", include_in_schema=False)
     async def playground() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        return page_response(page)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return page_response(docs_page(app.openapi(), str(request.base_url)))
 
     @app.get("/health")
     async def health() -> dict:
@@ -136,7 +169,7 @@ def create_app(prm: PRM, name: str, limits: Limits | None = None) -> FastAPI:
         device = str(prm.module.model.device)
         return {"status": "ok", "model": name, "device": device, "waiting": waiting}
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", responses={code: {"model": Refusal} for code in (413, 422, 503)})
     async def score(request: ScoreRequest) -> ScoreResponse:
         """Score each step of each candidate, and choose the best candidate."""
         nonlocal waiting
@@ -172,21 +205,6 @@ def create_app(prm: PRM, name: str, limits: Limits | None = None) -> FastAPI:
     return app
 
 
-def _page(name: str) -> tuple[str, str]:
-    """The page, and a policy that lets its own script and style run and nothing else."""
-    options = "".join(f"<option>{aggregation}</option>" for aggregation in AGGREGATIONS)
-    page = PAGE.read_text(encoding="utf-8")
-    page = page.replace("$name", html.escape(name)).replace("$aggregations", options)
-
-    def hashes(tag: str) -> str:
-        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (hashlib.sha256(text.encode()).digest() for text in found)
-        return " ".join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)
-
-    policy = f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-    return page, policy + "img-src data:; connect-src 'self'; base-uri 'none'"
-
-
 def _check(request: ScoreRequest, limits: Limits) -> None:
     for what in ("candidates", "images"):
         count, most = len(getattr(request, what)), getattr(limits, what)
@@ -204,8 +222,9 @@ def _check(request: ScoreRequest, limits: Limits) -> None:
 
 def _decoded(index: int, text: str) -> bytes:
     match = _DATA_URL.match(text)
+    encoded = "".join(text[match.end() if match else 0 :].split())  # `base64` breaks its lines
     try:
-        return base64.b64decode(text[match.end() if match else 0 :], validate=True)
+        return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError) as error:
-        message = f"images.{index}: not base64; send the encoded image file"
+        message = f"images[{index}]: not base64; send the encoded image file"
         raise HTTPException(422, message) from error
