@@ -141,7 +141,8 @@ def question_and_steps(turns: Sequence[Turn]) -> tuple[str, list[tuple[str, str 
                 texts = [first if mark else text]
             steps.append((" ".join(texts).strip(), turn["value"]))
             texts = []
-    return " ".join(text.strip().removeprefix(QUESTION_PREFIX.strip()) for text in asked), steps
+    question = " ".join(asked).strip().removeprefix(QUESTION_PREFIX.strip())
+    return question.strip(), steps
 
 
 def training_shards(run: Run) -> ShardFolder:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from dreamprm_dist.evaluation.results import read_results, write_results
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 from dreamprm_dist.report.runs import MOST_POINTS, Run
-from dreamprm_dist.report.weights import effective_sample_size
+from dreamprm_dist.report.style import shortened, significant
+from dreamprm_dist.report.weights import effective_sample_size, question_and_steps
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "report.py"
 HOSTILE = 'x$1<script>alert("&")</script>'
@@ -301,6 +303,163 @@ def test_diverged_runs_and_rejected_records(folder: Path):
     assert "Medians" not in page and "instance_table: 60 of 60 weights are no numbers." in page
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        (np.ones(60), "all weights are 1."),
+        (np.full(60, 2.5), "all weights are 2.5."),
+        (np.zeros(60), "all weights are 0."),
+        (1 + 1e-9 * np.arange(60), "all weights are 1."),
+        (np.full(60, 1e-7), "all weights are 1e-07."),
+        ([np.nan, *np.ones(59)], "all weights are 1."),
+    ],
+)
+def test_equal_weights_are_a_sentence(folder: Path, weights: np.ndarray, said: str):
+    table = pd.DataFrame({"sample_id": range(60), "weight": weights})
+    table.to_parquet(folder / "instance_table" / "export" / "instance_weights.parquet")
+    page = write_demo_report(folder).read_text()
+    assert f"<li>Weights, instance table: {said}</li>" in page and "Medians" not in page
+
+
+@pytest.mark.parametrize("middle", [1.0, 1 + 2e-5, 1e-5, 3e6, 0.0, -1.0])
+def test_ticks_say_their_whole_number(folder: Path, middle: float):
+    """No offset and no factor beside an axis: every number in a plot is what its tick is at."""
+    weights = middle + 1e-5 * np.linspace(-1, 1, 60) * (abs(middle) if middle > 1e5 else 1)
+    table = pd.DataFrame({"sample_id": range(60), "weight": weights})
+    table.to_parquet(folder / "instance_table" / "export" / "instance_weights.parquet")
+    path = folder / "instance_table" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    bands = {f"weight_q{q:02d}": middle + q * 1e-6 for q in (5, 25, 50, 75, 95)}
+    path.write_text("".join(json.dumps(row | bands) + "\n" for row in rows))
+    page = write_demo_report(folder).read_text()
+    assert "Medians" in page
+    figure = page[page.index('aria-label="Weights, instance table"') :].partition("</svg>")[0]
+    ticks = re.findall(r"<text[^>]*>\s*([+-]?[\d.]+(?:e[+-]\d+)?)\s*</text>", figure)
+    inside = [min(weights) - 3e-6 * max(1, abs(middle)) <= float(t) for t in ticks]
+    assert len(ticks) > 6 and sum(inside) >= 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "0.500"), (0.8765, "0.876"), (0.0123, "0.012"), (0.00123, "0.0012"),
+        (1.23e-5, "0.000012"), (1.23e-7, "1.2e-7"), (3e-15, "3.0e-15"), (0.9996, "0.99960"),
+        (0.99999, "0.999990"), (1 - 1e-9, "1.000000"), (0.0, "0"), (1.0, "1"), (2.5, "2.500"),
+        (1.0004, "1.00040"), (-1.0, "-1.000"), (float("nan"), "–"), (float("inf"), "–"),
+    ],
+)  # fmt: skip
+def test_small_numbers_keep_what_tells_them_apart(value: float, text: str):
+    assert significant(value) == text
+
+
+def test_long_texts_keep_both_ends():
+    for length in (5, 20, 21, 500):
+        text = "".join(chr(97 + i % 26) for i in range(length))
+        short = shortened(text, 20)
+        assert len(short) <= 20 and (short == text) == (length <= 20)
+        assert short[:5] == text[:5] and short[-5:] == text[-5:]
+
+
+def turns(*texts: str | None) -> list[dict]:
+    return [
+        {"from": "gpt" if text in ("+", "-", None) else "human", "value": text} for text in texts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "question", "steps"),
+    [
+        (turns("### Question:\nQ", "one", "+", "two", "-"), "Q", ["one", "two"]),
+        (turns("### Question:\nQ\n\n### Solution Process:\none", "+", "two", None), "Q",
+         ["one", "two"]),
+        (turns("Q\n### Solution Process: one ### Solution Process: x", "+"), "Q",
+         ["one ### Solution Process: x"]),
+        (turns("Q and step", "+", "two", "+"), "", ["Q and step", "two"]),
+        (turns("A", "B", "one", "+", "more", "two", "-"), "A B", ["one", "more two"]),
+        ([{"from": "system", "value": "S"}, *turns("Q", "one", "+")], "Q", ["one"]),
+    ],
+)  # fmt: skip
+def test_the_judged_step_is_told_from_the_prompt(conversation, question: str, steps: list[str]):
+    found, shown = question_and_steps(conversation)
+    assert found == question and [text for text, _ in shown] == steps
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.jsonl", b'{"iteration": 1}\n{oops\n', "metrics.jsonl, line 2: no metrics of an"),
+        ("metrics.jsonl", b'{"lower_loss": 1}\n', "line 1: no metrics of an iteration"),
+        ("metrics.jsonl", b"[1]\n", "line 1: no metrics of an iteration"),
+        ("metrics.jsonl", b"\xff\xfe\n", "is not UTF-8"),
+        ("config.yaml", b"a: [1", "config.yaml is not YAML"),
+        ("export/instance_weights.parquet", b"PAR1", "is no table of weights"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named(folder: Path, file: str, content: bytes, said: str):
+    (folder / "instance_table" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        write_run_report([folder / "instance_table"], folder / "page.html", None)
+
+
+MISSING = {
+    "nothing was measured": ({"metrics.jsonl": ""}, ["no metrics: no iteration was finished"]),
+    "no metrics": ({"metrics.jsonl": None}, ["no metrics: no iteration was finished"]),
+    "unfinished": (
+        {"export": None, "config.yaml": "iteration_num: 400"},
+        ["unfinished, at iteration 100 of 400: no export, no final weights"],
+    ),
+    "just begun": (
+        {"export": None, "metrics.jsonl": None, "config.yaml": "iteration_num: 400"},
+        ["no metrics", "unfinished, at iteration 0 of 400"],
+    ),
+    "one iteration": ({"metrics.jsonl": '{"iteration": 1, "lower_loss": 0.5}\n'}, []),
+    "diverged": (
+        {"metrics.jsonl": '{"iteration": 1, "lower_loss": 1}\n{"iteration": 2, "lower_loss": null,'
+         ' "meta_loss": NaN}\n{"iteration": 3, "lower_loss": Infinity}\n'},
+        ["lower_loss is no number in 2 of 3 rows", "meta_loss is no number in 3 of 3 rows"],
+    ),
+    "no numbers at all": (
+        {"metrics.jsonl": '{"iteration": 1, "lower_loss": "x", "lr": null}\n'},
+        ["lower_loss is no number in 1 of 1 rows"],
+    ),
+    "no shards": (
+        {"config.yaml": "train_json_file: /nowhere"},
+        ["its instances cannot be shown: its training shards are not at /nowhere"],
+    ),
+    "no config": ({"config.yaml": None}, ["its instances cannot be shown"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_the_page_says_what_a_run_lacks(folder: Path, case: str):
+    files, said = MISSING[case]
+    run = folder / "instance_table"
+    for name, text in files.items():
+        if text is not None:
+            (run / name).write_text(text)
+        elif (run / name).is_dir():
+            shutil.rmtree(run / name)
+        else:
+            (run / name).unlink()
+    page = write_run_report([run], folder / "page.html", None).read_text()
+    assert Outline(page).open == []
+    lacking = re.findall("<li>(.*?)</li>", page)
+    assert "No evaluation: launch/evaluate.py makes one." in lacking
+    for sentence in said:
+        assert any(f"instance_table: {sentence}" in line for line in lacking), lacking
+
+
+def test_names_of_any_length_leave_room_for_the_data(folder: Path):
+    long = "w" * 5000
+    write_summary(folder, accuracy=ACCURACY | {long: 0.5}, noise_auc={long: 0.5})
+    page = write_demo_report(folder).read_text()
+    assert "w" * 100 not in page and Outline(page).open == []
+    for run in ("baseline", "instance_table"):
+        (folder / run).rename(folder / (run + "_" + "v" * 200))
+    page = write_demo_report(folder).read_text()
+    assert all("v" * 20 not in text for text in re.findall("<text.*?</text>", page, re.DOTALL))
+
+
 def test_command(folder: Path, tmp_path: Path):
     done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"report: {folder / 'report.html'}\n")
@@ -355,6 +514,24 @@ def test_page_of_runs(runs: list[Path], tiny_shards: Path, tmp_path: Path):
     assert cells[2] == f"{accuracy:.1%}" and [cell[0] for cell in cells].count("★") == 1
     expected = effective_sample_size(np.linspace(0, 2, 64))
     assert ["My table", "100", "–", "0.050", "–", "–", "64", f"{expected:.0f}"] in outline.rows
+
+
+def test_the_chosen_aggregation_is_marked(runs: list[Path], tmp_path: Path):
+    results = read_results(runs[0].parent / "results.json")
+    results.prms["my_table"].aggregation = "last"
+    for on_meta, said in (
+        ({}, "given to launch/evaluate.py"),
+        ({n: {"mean": 0.25, "last": 0.75} for n in results.prms}, "the best on the meta set"),
+    ):
+        changed = replace(results, meta_accuracy=on_meta, chosen_on="m.json")
+        write_results(tmp_path / "results.json", changed)
+        page = write_run_report(runs, tmp_path / "page.html", tmp_path / "results.json").read_text()
+        assert said in page and ("The same on the meta set, m.json" in page) == bool(on_meta)
+        matrix = [row for row in Outline(page).rows if len(row) == 7]
+        head, mine = (next(row for row in matrix if row[0] == name) for name in ("PRM", "My table"))
+        assert [name for name, cell in zip(head, mine, strict=True) if "★" in cell] == ["last"]
+        assert mine[1] == f"{results.accuracies('my_table')['mean']:.1%}"
+        assert (head[:2] == ["PRM", "mean"]) and ("★ 75.0%" in page) == bool(on_meta)
 
 
 def test_the_ends_of_the_weights_are_shown(runs: list[Path], tiny_shards: Path, tmp_path: Path):
