@@ -2,9 +2,12 @@
 
 import base64
 import contextlib
+import html
 import http.client
 import json
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -104,9 +107,36 @@ PIXEL = (
 )
 GOOD = {"question": QUESTION, "candidates": ["Answer: odd"]}
 BAD = {
-    "no json": (b"{", "JSON"),
-    "no candidate": ({"question": QUESTION, "candidates": []}, "candidates"),
-    "no question": ({"candidates": ["x"]}, "question"),
+    "no json": (b"{", "not JSON: .*, at character 1$"),
+    "half a json": (b'{"question": "Q", "candidates": ["x"', "not JSON: .* at character 36"),
+    "more than a json": (b'{"question": "Q"} x', "not JSON: Extra data"),
+    "nothing": (b"", "must be a JSON object, not null"),
+    "null": (b"null", "must be a JSON object, not null"),
+    "a list": (b"[1]", "must be a JSON object, not a list"),
+    "a text": (b'"x"', "must be a JSON object, not a text"),
+    "a number": (b"3", "must be a JSON object, not a number"),
+    "question a number": (GOOD | {"question": 3}, "^question must be a text, not a number$"),
+    "question null": (GOOD | {"question": None}, "^question must be a text, not null$"),
+    "question empty": (GOOD | {"question": ""}, "^question is empty$"),
+    "half a surrogate": (GOOD | {"question": "\ud800"}, "^question holds half a surrogate"),
+    "candidates a text": (GOOD | {"candidates": "x"}, "^candidates must be a list, not a text$"),
+    "a candidate a number": (
+        GOOD | {"candidates": ["x", 3]},
+        r"^candidates\[1\] must be a text or the list of its steps, not a number$",
+    ),
+    "a step an object": (
+        GOOD | {"candidates": [["x", {}]]},
+        r"^candidates\[0\]\[1\] must be a text, not an object$",
+    ),
+    "images a text": (GOOD | {"images": "x"}, "^images must be a list, not a text$"),
+    "an image a number": (GOOD | {"images": [1]}, r"^images\[0\] must be a text, not a number$"),
+    "an image's address": (GOOD | {"images": ["https://x/y.png"]}, r"^images\[0\]: not base64"),
+    "an empty image": (GOOD | {"images": [""]}, r"^images\[0\]: not an image"),
+    "aggregation a list": (GOOD | {"aggregation": ["mean"]}, "^aggregation must be a text"),
+    "a long key": (GOOD | {"k" * 5000: 1}, "^k{80} is no field"),
+    "braces": (GOOD | {"{kind}": 1}, "^{kind} is no field"),
+    "no candidate": ({"question": QUESTION, "candidates": []}, "^candidates is empty$"),
+    "no question": ({"candidates": ["x"]}, "^question is missing$"),
     "unknown key": (GOOD | {"image": "x"}, "image is no field"),
     "two marks for an image": (
         GOOD | {"question": "<image> <image>", "images": [PIXEL]},
@@ -152,8 +182,74 @@ def test_a_full_queue_says_so(prm: PRM) -> None:
 
 
 def test_unknown_addresses_and_methods(port: int) -> None:
-    assert get(port, "/v2")[0].status == 404
-    assert get(port, "/v1/score")[0].status == 405
+    for path, status in (("/v2", 404), ("/redoc", 404), ("/v1/score", 405)):
+        answer, body = get(port, path)
+        assert answer.status == status and "/docs" in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"question": "\xff"}', b"[" * 100_000, b'{"a":' * 50_000, b"\x89PNG\r\n", b"\xed\xa0"],
+)
+def test_bytes_that_are_no_json(port: int, body: bytes) -> None:
+    status, found = send(port, body)
+    assert 400 <= status < 500 and found["error"].startswith("the body is not JSON: ")
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "image/png", "x"]
+)
+def test_a_body_that_does_not_say_that_it_is_json(port: int, kind: str | None) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with contextlib.closing(connection):
+        headers = {"Content-Type": kind} if kind else {}
+        connection.request("POST", "/v1/score", json.dumps(GOOD).encode(), headers)
+        answer = connection.getresponse()
+        assert answer.status == 422
+        assert "Content-Type: application/json" in json.loads(answer.read())["error"]
+
+
+def test_base64_may_be_broken_into_lines(port: int, image: bytes) -> None:
+    one, lines = (f(image).decode() for f in (base64.b64encode, base64.encodebytes))
+    assert "\n" in lines.strip()
+    assert send(port, GOOD | {"images": [lines]}) == send(port, GOOD | {"images": [one]})
+
+
+def test_a_bug_is_an_answer_too(prm: PRM, monkeypatch) -> None:
+    monkeypatch.setattr(prm, "best_of_n", lambda *_: 1 / 0)
+    with served(create_app(prm, "tiny")) as port:
+        status, found = send(port, GOOD)
+    assert status == 500 and "its log says how" in found["error"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_docs_describe_the_service_and_load_nothing(port: int) -> None:
+    answer, body = get(port, "/docs")
+    page = body.decode()
+    assert (
+        answer.status == 200 and "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    )
+    assert "<script" not in page and "<link" not in page and "src=" not in page
+    for word in ("POST /v1/score", "GET /health", "question", "log_mean", "step_scores", "error"):
+        assert word in page
+    commands = [html.unescape(c) for c in re.findall("<pre[^>]*>(.*?)</pre>", page, re.DOTALL)]
+    for command in commands:
+        assert f"http://127.0.0.1:{port}/" in command
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+        assert {"status", "best"} & {*json.loads(done.stdout)}
+
+
+def test_an_address_in_docs_is_quoted(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("GET", "/docs", headers={"Host": "a;rm -rf <b>$(x)"})
+        page = connection.getresponse().read().decode()
+    assert "<b>" not in page
+    for command in re.findall("<pre[^>]*>(.*?)</pre>", page, re.DOTALL):
+        assert all(
+            "rm" not in word or word.startswith("http")
+            for word in shlex.split(html.unescape(command))
+        )
 
 
 def test_the_page_runs_only_its_own_script_and_names_the_model(port: int) -> None:

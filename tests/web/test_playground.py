@@ -11,7 +11,9 @@ from fastapi.responses import HTMLResponse
 from serving import served
 
 from dreamprm_dist import PRM
+from dreamprm_dist.report.style import significant
 from dreamprm_dist.serving.app import create_app
+from dreamprm_dist.serving.docs import docs_page
 
 pytestmark = NEEDS_BROWSER
 
@@ -24,6 +26,24 @@ USE = """
   show();
   $("form").requestSubmit();
   while (!$("result").children.length) await new Promise(done => setTimeout(done, 50));
+"""
+SEND = """
+  $("form").requestSubmit();
+  while (!$("result").children.length) await new Promise(done => setTimeout(done, 50));
+"""
+FILL = """
+  for (const area of document.querySelectorAll("textarea")) area.value = "x";
+"""
+SAY = """
+  $("form").append(`focus: ${document.activeElement.id}, hidden: ${$("example").hidden}`);
+"""
+EXAMPLE = f'$("example").click();{SAY}{SEND}'
+TYPED = f"""
+  $("question").value = "Mine";
+  $("question").dispatchEvent(new Event("input", {{bubbles: true}}));
+  document.querySelector(".candidate button").focus();
+  document.querySelector(".candidate button").click();
+  {SAY}
 """
 
 
@@ -44,11 +64,27 @@ def port(tiny_prm_dir: Path, tiny_data_dir: Path) -> Iterator[int]:
 
         return page
 
+    def acted(script: str):
+        async def page() -> HTMLResponse:
+            return HTMLResponse(probed((await playground()).body.decode(), script))
+
+        return page
+
+    async def docs() -> HTMLResponse:
+        page = docs_page(app.openapi(), "http://127.0.0.1/")
+        return HTMLResponse(probed(page))
+
     async def frame(path: str, width: int) -> HTMLResponse:
         return HTMLResponse(framed(path, width))
 
     app.get("/used")(used("Is the digit even or odd?"))
     app.get("/failed")(used("<image> <image>"))
+    app.get("/numbers")(acted(f"$('result').textContent = `[${{{SCORES}.map(shown).join(' ')}}]`"))
+    app.get("/example")(acted(EXAMPLE))
+    app.get("/typed")(acted(TYPED))
+    answered = 'window.fetch = async () => new Response("bad gateway", {status: 502});'
+    app.get("/proxy")(acted(FILL + answered + SEND))
+    app.get("/probed-docs")(docs)
     app.get("/frame")(frame)
     with served(app) as port:
         yield port
@@ -65,6 +101,43 @@ def test_scores_are_shown_accessibly(
     assert found["console"] == []
     assert found["overflow"] == 0
     assert found["dark"] == bool(flags)
+
+
+# Small scores, and those close to 1, keep what tells them apart.
+SCORES = [0, 1e-15, 1.23e-7, 1.23e-5, 0.00123, 0.0123, 0.05, 0.5, 0.8765, 0.9996, 0.99999, 1 - 1e-9]
+SCORES += [1, 0.09999999, 0.1, 0.00999, 9.99e-4, 0.3333333333]
+
+
+def test_scores_read_as_in_the_report(port: int, tmp_path: Path) -> None:
+    found = visit(f"http://127.0.0.1:{port}/frame?path=/numbers&width=1280", tmp_path)
+    assert f"[{' '.join(map(significant, SCORES))}]" in found["text"]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_example_is_filled_in_and_scored(port: int, tmp_path: Path, width: int) -> None:
+    found = visit(f"http://127.0.0.1:{port}/frame?path=/example&width={width}", tmp_path)
+    text = found["text"]
+    assert "Remove image 1" in text and "★ chosen" in text and "The digit is 0." in text
+    assert "focus: send, hidden: false" in text
+    assert found["violations"] == [] and found["console"] == [] and found["overflow"] == 0
+
+
+def test_the_example_does_not_overwrite_what_was_typed(port: int, tmp_path: Path) -> None:
+    found = visit(f"http://127.0.0.1:{port}/frame?path=/typed&width=1280", tmp_path)
+    assert "Fill in an example" not in found["text"]
+    assert "focus: add" in found["text"]  # of who removed a candidate by keyboard
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_docs_are_accessible(port: int, tmp_path: Path, width: int) -> None:
+    found = visit(f"http://127.0.0.1:{port}/frame?path=/probed-docs&width={width}", tmp_path)
+    assert "POST /v1/score" in found["text"]
+    assert found["violations"] == [] and found["console"] == [] and found["overflow"] == 0
+
+
+def test_an_answer_that_is_no_json_is_said(port: int, tmp_path: Path) -> None:
+    found = visit(f"http://127.0.0.1:{port}/frame?path=/proxy&width=1280", tmp_path)
+    assert "Not scored: status 502" in found["text"]
 
 
 def test_what_is_wrong_is_said(port: int, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_page_is_accessible_and_fits(page: Path, width: int, flags: tuple[st
 
 def test_the_probe_finds_what_is_wrong(page: Path) -> None:
     broken = page.with_name("broken.html")
-    text = page.read_text().replace('alt="the instance\'s image"', "")
+    text = page.read_text().replace('alt="the question\'s image"', "")
     broken.write_text(text.replace("<main", '<p style="width:3000px">wide</p><main'))
     found = look(broken, 390)
     assert "image-alt" in [name for name, _ in found["violations"]]
