@@ -82,6 +82,11 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
     missing = [sentence for run in runs for sentence in run.missing()]
     if not evaluation:
         missing.append("No evaluation: launch/evaluate.py makes one.")
+    elif evaluation.num_rejected:
+        missing.append(f"{evaluation.num_rejected:,} records of the test file were rejected.")
+    if evaluation and evaluation.num_unscored:
+        number = f"{evaluation.num_unscored:,} of {evaluation.num_candidates:,}"
+        missing.append(f"{number} candidates could not be scored, and were not picked.")
     weighted = [run for run in runs if len(run.weights)]
     by_data, ends = [], {}
     for run in weighted:

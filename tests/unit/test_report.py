@@ -547,6 +547,16 @@ def test_the_ends_of_the_weights_are_shown(runs: list[Path], tiny_shards: Path, 
     assert "have no evaluation yet" in page
 
 
+def test_what_an_evaluation_left_out_is_said(runs: list[Path], tmp_path: Path):
+    results = read_results(runs[0].parent / "results.json")
+    write_results(tmp_path / "r.json", replace(results, num_rejected=1234, num_unscored=7))
+    page = write_run_report(runs, tmp_path / "page.html", tmp_path / "r.json").read_text()
+    assert "<li>1,234 records of the test file were rejected.</li>" in page
+    assert f"<li>7 of {results.num_candidates} candidates could not be scored" in page
+    page = write_run_report(runs, tmp_path / "page.html", runs[0].parent / "results.json")
+    assert "rejected" not in page.read_text() and "not be scored" not in page.read_text()
+
+
 def test_effective_sample_size():
     assert effective_sample_size(np.array([2.0, 2.0, 2.0])) == pytest.approx(3)
     assert effective_sample_size(np.array([1.0, 0.0, 0.0])) == pytest.approx(1)
