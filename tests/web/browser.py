@@ -29,6 +29,9 @@ async function probe() {{
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
     text: document.body.innerText,
+    scrolled: [...document.querySelectorAll(".scroll")].filter(
+      box => box.scrollWidth > box.clientWidth).map(
+      box => [box.ariaLabel, getComputedStyle(box).backgroundAttachment]),
   }});
   document.body.append(probe);
 }}
