@@ -101,7 +101,7 @@ def _cell(cell: Cell) -> str:
 def thumbnail(data: bytes) -> str:
     """An encoded image in small, embedded; a sentence in place of one that is broken."""
     try:
-        image = decode_image(data).convert("RGB")
+        image = decode_image(data)
     except RecordError:
         return "<p>(image cannot be shown)</p>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
