@@ -45,7 +45,7 @@ IMAGES = [
     (io.BytesIO(b"x"), "the image is of type BytesIO"),
     ([None], r"images\[0\] is of type NoneType"),
     ("gone.png", "'gone.png': no such file"),
-    ("/", "no such file"),
+    ("/", "is a folder"),
     ("a\0b", "no such file"),
     ("data:image/png;base64," + "A" * 9000, "a text of 9022 characters and no path"),
     (b"hello", "the image: not an image"),
