@@ -37,6 +37,7 @@ from dreamprm_dist.data.schema import (
     parse_meta_record,
     parse_training_record,
     require_object,
+    step_labels,
 )
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
@@ -184,8 +185,7 @@ def convert_files(
                     writer.write(with_prefix(converted, prefix))
                     num_found.update(rules)
                     num_unlabelled += "true_false" not in converted and not any(
-                        turn["from"] == "gpt" and turn["value"]
-                        for turn in converted["conversations"]
+                        step_labels(converted["conversations"])
                     )
     return Converted(writer, num_unlabelled, num_found)
 

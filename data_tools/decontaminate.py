@@ -37,6 +37,7 @@ from dreamprm_dist.data.images import read_image
 from dreamprm_dist.data.schema import (
     parse_test_record,
     parse_training_record,
+    question_turn,
     read_json_records,
     require_object,
 )
@@ -152,9 +153,11 @@ def _questions_and_images(record: dict) -> tuple[list[str], list[str]]:
         test = parse_test_record({"candidates": [""], "true_false": [False], **record})
         return [test.question], test.images
     parsed = parse_training_record(record)
-    human = next(turn["value"] for turn in parsed.conversations if turn["from"] == "human")
     original = record.get("question_orig")
-    return [human, *([original] if isinstance(original, str) else [])], parsed.images
+    return [
+        question_turn(parsed.conversations),
+        *([original] if isinstance(original, str) else []),
+    ], parsed.images
 
 
 class Removals(NamedTuple):

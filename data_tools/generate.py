@@ -26,7 +26,7 @@ from data_tools.candidate_requests import (
     connect,
 )
 from data_tools.journal import Journal
-from data_tools.record_files import RecordWriter, add_output
+from data_tools.record_files import RecordWriter, add_limit, add_output
 from dreamprm_dist.errors import INTERRUPTED, InputError
 from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
@@ -72,8 +72,8 @@ def generate_file(
         InputError: ``out`` is taken, the server cannot be used, or candidates did not come; what
             has come is kept.
     """
-    for name, value in {"--n": n, "--concurrency": concurrency, "--limit": limit}.items():
-        if value is not None and value < 1:
+    for name, value in {"--n": n, "--concurrency": concurrency}.items():
+        if value < 1:
             raise InputError(f"{name} must be 1 or more, not {value}.")
     root = questions.parent if image_root is None else image_root
     partial = unfinished(out)
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--image_root", type=Path, help="where image paths start (default: the file's folder)")
     prices = "of a million tokens read and a million written, to print the cost"
     add("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help=prices)
-    add("--limit", type=int, help="ask only the first LIMIT questions")
+    add_limit(parser)
     add(
         "--empty",
         choices=EMPTY,

@@ -36,13 +36,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_limit(parser: argparse.ArgumentParser) -> None:
     """Add the flag of a command that may read a part of its input, to try it."""
 
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise ValueError
-        return value
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+        return int(text)
 
     parser.add_argument(
-        "--limit", type=positive, help="read the first so many records of each input (default: all)"
+        "--limit", type=number, help="read the first LIMIT records of each input (default: all)"
     )
 
 

@@ -22,7 +22,7 @@ from data_tools.record_files import (
     with_prefix,
     with_source_id,
 )
-from dreamprm_dist.data.schema import read_json_records, require_object
+from dreamprm_dist.data.schema import read_json_records, require_object, step_labels
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import run
 
@@ -43,7 +43,7 @@ def label_class(record: dict, balance: str) -> str | None:
         return "+"
     if balance == "final" and isinstance(record.get("true_false"), bool):
         return "+" if record["true_false"] else "-"
-    labels = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+    labels = step_labels(record["conversations"])
     if balance == "final" and labels and labels[-1]:
         return labels[-1]
     if "-" in labels:

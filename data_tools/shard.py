@@ -16,6 +16,7 @@ from contextlib import ExitStack, nullcontext, redirect_stderr
 from pathlib import Path
 
 from data_tools.folders import work_folder
+from data_tools.record_files import add_limit
 from data_tools.sharding import Checked, Plan, checked
 from data_tools.workers import InOrder, leads, start_workers
 from dreamprm_dist.data.sampler import ranks_that_work
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder that image paths start from (default: the JSON file's own folder)",
     )
     add("--workers", type=int, default=1, help="processes on this machine (default: 1)")
-    add("--limit", type=int, help="take only the first LIMIT records of each file")
+    add_limit(parser)
     add("--dry_run", action="store_true", help="check and count everything, and write nothing")
     add("--overwrite", action="store_true", help="replace shard folders that are there already")
     with nullcontext() if leads() else redirect_stderr(io.StringIO()):

@@ -32,6 +32,7 @@ from dreamprm_dist.data.schema import (
     parse_line,
     parse_meta_record,
     parse_training_record,
+    step_labels,
 )
 from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
 from dreamprm_dist.errors import RecordError
@@ -199,7 +200,7 @@ def _checked_rows(job: Job, block: Block, tally: Tally) -> Iterator[dict]:
             rejected = {"line": line, "id": source_id if named else place, "reason": str(error)}
             tally.rejected.append(rejected)
             continue
-        labels = [turn["value"] for turn in record.conversations if turn["from"] == "gpt"]
+        labels = step_labels(record.conversations)
         for label in labels:
             tally.steps[label or UNLABELLED] += 1
         tally.unlabelled += not any(labels)

@@ -74,9 +74,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.kind not in SCHEMAS:
             raise InputError(f"unknown kind {self.kind!r}; use one of {', '.join(SCHEMAS)}.")
-        for name, value in {"number of shards": self.num_shards, "limit": self.limit}.items():
-            if value is not None and value < 1:
-                raise InputError(f"the {name} must be 1 or more, not {value}.")
+        if self.num_shards < 1:
+            raise InputError(f"the number of shards must be 1 or more, not {self.num_shards}.")
         refuse_other_files(self.source, self.kind)
         out = self.out_dir.resolve()
         leftovers = out.parent.glob(f"{out.name}.old-*")  # of a killed run, and cleared

@@ -375,6 +375,11 @@ def question_turn(turns: Iterable[Turn]) -> str:
     return next(turn["value"] for turn in turns if turn["from"] == "human")
 
 
+def step_labels(turns: Iterable[Turn]) -> list[str | None]:
+    """The label of each step, in order: "+", "-" or None."""
+    return [turn["value"] for turn in turns if turn["from"] == "gpt"]
+
+
 def parts_around_images(question: str, num_images: int) -> list[str]:
     """The text of a question's turn before, between and behind its N images: N + 1 parts.
 

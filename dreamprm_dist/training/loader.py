@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist.data.held_out import RowSubset
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
+from dreamprm_dist.data.schema import step_labels
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.batch import Batch, InputFormat, Instance, collate, encode_instance
@@ -165,7 +166,11 @@ class RankBatches(Dataset):
             columns += ["true_false"] if self.shards.kind == "meta" else []
             rows = zip(*(self.shards.read_column(shard, name) for name in columns), strict=True)
             for record in (dict(zip(columns, row, strict=True)) for row in rows):
-                signs.update([record["true_false"]] if "true_false" in record else _labels(record))
+                signs.update(
+                    [record["true_false"]]
+                    if "true_false" in record
+                    else step_labels(record["conversations"])
+                )
                 length = self._length(record)
                 if length > self.format.max_length:
                     too_long += 1
@@ -203,10 +208,6 @@ class _Rows(Dataset):
 
     def __getitem__(self, index: int):
         return self._batches.instance(*self._rows[index])
-
-
-def _labels(record: dict) -> list[str | None]:
-    return [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
 
 
 def _named(shards: ShardFolder | RowSubset, record: dict, problem: object) -> str:

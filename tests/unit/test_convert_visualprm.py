@@ -153,4 +153,4 @@ def test_the_first_records_of_each_file(tmp_path, capsys):
     for wrong in ("0", "-1", "x"):
         with pytest.raises(SystemExit):
             main(["raw", str(sources[0]), "--out", str(out), "--overwrite", "--limit", wrong])
-    assert "invalid positive value" in capsys.readouterr().err
+    assert "--limit: must be 1 or more, not 0" in capsys.readouterr().err
