@@ -40,7 +40,7 @@ from dreamprm_dist.data.schema import (
     step_labels,
 )
 from dreamprm_dist.errors import InputError, RecordError
-from dreamprm_dist.flags import run
+from dreamprm_dist.flags import CommandParser, run
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, step_turns
 
 
@@ -200,7 +200,7 @@ def _found(root: Path, check: bool, rules: list[int], image: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_tools.convert",
         description="Turn downloaded data files into records, as JSONL. What is not taken is "
         "listed in <out>.rejected.jsonl with file, line, id and reason.",

@@ -9,7 +9,6 @@ are listed in ``<out>.rejected.jsonl`` with every reason.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections import Counter, defaultdict
@@ -42,7 +41,7 @@ from dreamprm_dist.data.schema import (
     require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
-from dreamprm_dist.flags import run
+from dreamprm_dist.flags import CommandParser, run
 
 CHECKS = ("image", "lookalike", "question")
 UNREADABLE = "unreadable"
@@ -260,7 +259,7 @@ def _reasons(
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_tools.decontaminate",
         description="Remove training records that share an image or a question with other files; "
         "each is listed with its reasons in <out>.rejected.jsonl.",

@@ -29,7 +29,7 @@ from data_tools.journal import Journal
 from data_tools.record_files import RecordWriter, add_limit, add_output
 from dreamprm_dist.errors import INTERRUPTED, InputError
 from dreamprm_dist.files import refuse_overwriting
-from dreamprm_dist.flags import run
+from dreamprm_dist.flags import CommandParser, run
 
 EMPTY = ("keep", "reject")
 
@@ -110,7 +110,7 @@ def generate_file(
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_tools.generate",
         description="Ask a server that speaks OpenAI's chat completions for candidate solutions. "
         f"Its key comes from {KEY_VARIABLE}. The same command again goes on where it was.",

@@ -8,7 +8,6 @@ folder. Equal input, n, seed and balance give equal bytes.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from data_tools.record_files import (
 )
 from dreamprm_dist.data.schema import read_json_records, require_object, step_labels
 from dreamprm_dist.errors import InputError, RecordError
-from dreamprm_dist.flags import run
+from dreamprm_dist.flags import CommandParser, run
 
 BALANCES = ("final", "steps", "none")
 NO_LABEL = "no step has a label to balance by."
@@ -187,7 +186,7 @@ def _choose(
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_tools.sample",
         description="Draw a seeded sample of records, half positive and half negative, in "
         "proportion to the data sets.",

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import logging
 import os
-from contextlib import ExitStack, nullcontext, redirect_stderr
+from contextlib import ExitStack
 from pathlib import Path
 
 from data_tools.folders import work_folder
 from data_tools.record_files import add_limit
 from data_tools.sharding import Checked, Plan, checked
-from data_tools.workers import InOrder, leads, start_workers
+from data_tools.workers import InOrder, start_workers
 from dreamprm_dist.data.sampler import ranks_that_work
 from dreamprm_dist.data.schema import require_file
 from dreamprm_dist.data.shards import MANIFEST, REJECTED
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import file_sha256
-from dreamprm_dist.flags import run
+from dreamprm_dist.flags import CommandParser, run
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ def _check_all_then_write(plans: list[Plan], in_order: InOrder) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see ``--help``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m data_tools.shard",
         description="Check training and meta records, and pack them with their images into the "
         "shard folders OUT/train and OUT/meta that training reads. A record that cannot be taken "
@@ -204,10 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     add_limit(parser)
     add("--dry_run", action="store_true", help="check and count everything, and write nothing")
     add("--overwrite", action="store_true", help="replace shard folders that are there already")
-    with nullcontext() if leads() else redirect_stderr(io.StringIO()):
-        args = parser.parse_args(argv)
-        if not (args.train or args.meta):
-            parser.error("give --train, --meta or both")
+    args = parser.parse_args(argv)
+    if not (args.train or args.meta):
+        parser.error("give --train, --meta or both")
     with start_workers(args.workers) as in_order:
         if in_order is not None:  # else one of mpirun's other ranks, which has done its work
             _check_all_then_write(_plans(args), in_order)

@@ -23,16 +23,6 @@ InOrder = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]
 AHEAD = 3  # items per worker that are under way or wait for their turn: bounds what is held
 
 
-def leads() -> bool:
-    """Whether this process is the one that speaks: all but mpirun's ranks above 0 are."""
-    return _of_mpirun("RANK", 0) == 0
-
-
-def _of_mpirun(what: str, default: int) -> int:
-    names = (f"OMPI_COMM_WORLD_{what}", f"PMI_{what}")
-    return int(next(filter(None, map(os.environ.get, names)), default))
-
-
 @contextmanager
 def start_workers(count: int) -> Iterator[InOrder | None]:
     """Give a function that is called like `map` and works with ``count`` processes.
@@ -45,7 +35,8 @@ def start_workers(count: int) -> Iterator[InOrder | None]:
     """
     if count < 1:
         raise InputError(f"the number of workers must be 1 or more, not {count}.")
-    ranks = _of_mpirun("SIZE", 1)
+    sizes = map(os.environ.get, ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    ranks = int(next(filter(None, sizes), 1))
     if ranks > 1:
         if count > 1:
             raise InputError("under mpirun the ranks are the workers; leave out --workers.")

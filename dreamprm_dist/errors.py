@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 
 BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130  # exit codes; a shell's for Ctrl-C is the last
 # Set by deepspeed and torchrun, Open MPI, Intel MPI and Slurm for each process that they start.
 LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+OTHERS_SPEAK = 5  # seconds
 
 
 class InputError(ValueError):
@@ -27,8 +30,9 @@ def report_error(error: BaseException, say: bool | None = None) -> int:
     keeps its traceback, on every rank.
 
     Args:
-        say: whether this rank says such a sentence; by default the first one on each machine does,
-            for all of them have read the same command line.
+        say: whether this rank says such a sentence. By default the first one on each machine does
+            at once, for all of them have read the same command line. Another one waits: when the
+            first has failed too, the launcher ends it; when it has not, nobody else would say it.
     """
     if isinstance(error, KeyboardInterrupt):
         text, code = "\ninterrupted; start the same command again to go on", INTERRUPTED
@@ -38,7 +42,9 @@ def report_error(error: BaseException, say: bool | None = None) -> int:
         traceback.print_exception(error)
         return BUG
     if say is None:
-        say = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0") == "0"
+        if next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0") != "0":
+            time.sleep(OTHERS_SPEAK)
+        say = True
     if say:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

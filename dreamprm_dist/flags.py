@@ -96,6 +96,13 @@ class FlagGroup:
                 raise InputError(f"{name} is {value}; it must be {bounds}")
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A command line that is refused as all bad input is: an InputError of one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
 def parse_args(
     config_classes: tuple[Any, ...], argv: Sequence[str] | None, description: str
 ) -> tuple[Any, ...]:
@@ -111,9 +118,8 @@ def parse_args(
     # Not for whoever only runs a command.
     from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise InputError(f"{message} (see --help)")
+    class Parser(CommandParser, HfArgumentParser):
+        pass
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(

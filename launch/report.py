@@ -8,17 +8,16 @@ the PRMs are worth and where time went. What a folder does not hold is left out,
 folders give the same bytes.
 """
 
-import argparse
 from pathlib import Path
 
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.flags import run
+from dreamprm_dist.flags import CommandParser, run
 from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="run folders, or one demo's folder")
     parser.add_argument("--results", type=Path, help="results.json of an evaluation of the runs")
     parser.add_argument("--out", type=Path, help="page to write (default: in the first folder)")

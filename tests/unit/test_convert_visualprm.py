@@ -7,6 +7,7 @@ from PIL import Image
 from data_tools.convert import main
 from data_tools.shard import shard_file
 from dreamprm_dist.data.schema import parse_training_record
+from dreamprm_dist.errors import InputError
 
 STEP = {"step": "It is.", "score": 0.5, "num_mc_correct": 8, "num_mc_total": 16}
 
@@ -145,12 +146,11 @@ def test_records_without_any_label_are_counted(tmp_path, capsys, command):
     assert capsys.readouterr().out == f"{out}: 1 records, 0 rejected\n"
 
 
-def test_the_first_records_of_each_file(tmp_path, capsys):
+def test_the_first_records_of_each_file(tmp_path):
     sources = [write(tmp_path / f"{name}.jsonl", [raw(id=i) for i in range(5)]) for name in "ab"]
     out = tmp_path / "out.jsonl"
     main(["raw", *map(str, sources), "--out", str(out), "--limit", "2"])
     assert [(r["dataset"], r["id"]) for r in lines(out)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     for wrong in ("0", "-1", "x"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(InputError, match=f"--limit: must be 1 or more, not {wrong}"):
             main(["raw", str(sources[0]), "--out", str(out), "--overwrite", "--limit", wrong])
-    assert "--limit: must be 1 or more, not 0" in capsys.readouterr().err

@@ -231,7 +231,7 @@ def test_counts_by_data_set_and_a_warning_where_most_is_gone(tmp_path, capsys):
     main([*arguments, "--limit", "4", "--overwrite"])
     assert "1 records kept, 3 removed" in capsys.readouterr().out
     assert [record["id"] for record in lines(tmp_path / "out.jsonl")] == ["all.jsonl:4"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="--limit: must be 1 or more, not 0"):
         main([*arguments, "--limit", "0", "--overwrite"])
 
 

@@ -84,13 +84,17 @@ def test_a_folder_is_held_until_its_process_ends(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", LOCAL_RANKS)
-def test_what_all_processes_of_a_machine_have_to_say_is_said_once(name: str, monkeypatch, capsys):
+def test_the_first_process_of_a_machine_speaks_and_the_others_wait_for_it_to(
+    name: str, monkeypatch, capsys
+):
     for variable in LOCAL_RANKS:
         monkeypatch.delenv(variable, raising=False)
-    for local_rank, said in (("0", "error: wrong\n"), ("3", "")):
+    waited: list[str] = []  # what was said until then
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append(capsys.readouterr().err))
+    for local_rank, waits in (("0", []), ("3", [""])):
         monkeypatch.setenv(name, local_rank)
         assert report_error(InputError("wrong")) == BAD_INPUT
-        assert capsys.readouterr().err == said
+        assert waited == waits and capsys.readouterr().err == "error: wrong\n"
     assert report_error(ValueError("a bug")) == BUG
     assert "ValueError: a bug" in capsys.readouterr().err
 
