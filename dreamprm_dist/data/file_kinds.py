@@ -1,9 +1,11 @@
-"""What a file is by its first bytes, so that a message can say what stands in an image's place."""
+"""What a file is by its first bytes, for messages about one that is not what it should be."""
 
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
 
+EMPTY, BLANK, TEXT = "an empty file", "a file of zeros or blanks", "a text file"
+ZIP, GZIP, PARQUET, ARROW = "a ZIP archive", "a gzip file", "a Parquet file", "an Arrow file"
 _PREFIXES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -23,14 +25,16 @@ _PREFIXES = (
     (b"%PDF", "a PDF document"),
     (b"%!PS", "a PostScript file"),
     (b"\x93NUMPY", "a NumPy array"),
-    (b"PK\x03\x04", "a ZIP archive"),
-    (b"\x1f\x8b", "a gzip file"),
+    (b"PK\x03\x04", ZIP),
+    (b"\x1f\x8b", GZIP),
+    (b"PAR1", PARQUET),
+    (b"ARROW1", ARROW),
     (b"version https://git-lfs", "a Git LFS pointer (fetch the file with `git lfs pull`)"),
     *((b"P%d\n" % i, "a PNM file") for i in range(1, 8)),
 )
 _BRANDS = {b"avi": "an AVIF file", b"hei": "a HEIC file", b"hev": "a HEIC file"}
 _BRANDS |= {b"mif": "a HEIC file", b"msf": "a HEIC file"}
-_LOOKED_AT = 1024  # bytes
+LOOKED_AT = 1024  # bytes
 
 
 def kind_of_file(data: bytes) -> str | None:
@@ -39,7 +43,7 @@ def kind_of_file(data: bytes) -> str | None:
     None: not known.
     """
     if not data.strip(b"\0 \t\r\n"):
-        return "a file of zeros or blanks" if data else "an empty file"
+        return BLANK if data else EMPTY
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WEBP"
     if data[4:8] == b"ftyp":
@@ -47,7 +51,7 @@ def kind_of_file(data: bytes) -> str | None:
     for prefix, kind in _PREFIXES:
         if data.startswith(prefix):
             return kind
-    return _kind_of_text(data[:_LOOKED_AT])
+    return _kind_of_text(data[:LOOKED_AT])
 
 
 def _kind_of_text(start: bytes) -> str | None:
@@ -62,4 +66,4 @@ def _kind_of_text(start: bytes) -> str | None:
         return "an HTML page"
     if text.startswith("<?xml"):
         return "an XML file"
-    return "a text file" if all(c.isprintable() or c.isspace() for c in text) else None
+    return TEXT if all(c.isprintable() or c.isspace() for c in text) else None

@@ -318,19 +318,27 @@ def require_object(record: object) -> dict:
     return record
 
 
-# By the key that only they have: what they are, and what makes other records of them.
+# By the first of these keys that they have: what records are, and which command takes them.
 _KINDS = {
     "conversations": "a training or meta record, one solution with a label per step",
     "steps_with_score": "a raw record of VisualPRM400K, for `python -m data_tools.convert raw`",
-    "candidates": "a test record, a question with candidates",
-    "question": "a question without solutions, for `python -m data_tools.convert candidates`",
+    "candidates": "a test record, a question with candidates, for launch/evaluate.py",
+    "steps": "a solution without labels, for launch/score.py",
+    "question": "a question without solutions, for `python -m data_tools.generate`, then "
+    "`python -m data_tools.convert candidates`",
+    "response": "a candidate, for `python -m data_tools.convert candidates` with its question",
 }
+
+
+def kind_of_record(record: dict) -> str | None:
+    """What a record is, in words; None: not known."""
+    return next((_KINDS[key] for key in _KINDS if key in record), None)
 
 
 def _refuse_other_kind(record: dict, key: str, wanted: str) -> None:
     """Raise RecordError for a record that lacks a key and is of another kind."""
-    if key not in record and (kind := next((kind for kind in _KINDS if kind in record), None)):
-        raise RecordError(f"it is {_KINDS[kind]}; {wanted}.")
+    if key not in record and (kind := kind_of_record(record)):
+        raise RecordError(f"it is {kind}; {wanted}.")
 
 
 def _parse_conversations(value: object) -> list[Turn]:

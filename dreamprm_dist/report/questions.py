@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from dreamprm_dist.data.images import image_bytes
+from dreamprm_dist.data.schema import step_labels
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.questions import Question, read_test_questions
 from dreamprm_dist.evaluation.results import Results
@@ -59,7 +60,7 @@ def question_cards(results: Results, scores: Path, file: Path, image_root: Path)
 
 def _fits(question: Question, rows: Sequence[Mapping]) -> bool:
     """Whether scores are of this question: its file may have changed since."""
-    counts = [sum(turn["from"] == "gpt" for turn in turns) for turns in question.conversations]
+    counts = [len(step_labels(turns)) for turns in question.conversations]
     return len(rows) == len(counts) and all(
         row["step_scores"] is None or len(row["step_scores"]) == count
         for row, count in zip(rows, counts, strict=True)

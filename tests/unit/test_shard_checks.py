@@ -173,7 +173,7 @@ def test_records_of_another_kind_name_the_command_that_converts_them(
         source.write_text(json.dumps([other] * 3))
     good = training(tmp_path / "t.jsonl"), meta(tmp_path / "m.jsonl", 8)
     both = ["--train", good[0], "--meta", good[1], flag, source]
-    with pytest.raises(InputError, match=rf"b\.jsonl: (is|holds) .*{command}"):
+    with pytest.raises(InputError, match=rf"b\.jsonl: holds no .*{command}"):
         sharded(tmp_path, *both)
     assert not (tmp_path / "out").exists()
 
@@ -181,14 +181,16 @@ def test_records_of_another_kind_name_the_command_that_converts_them(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.parquet", r"is Parquet; convert it first: .* mmmu"),
-        ("parquet named.jsonl", "is Parquet; convert it first"),
+        ("a.parquet", r"is a Parquet file; convert it first: .* mmmu"),
+        ("parquet named.jsonl", "is a Parquet file; convert it first"),
         ("folder", "is a folder of Parquet or Arrow; convert it first"),
         ("saved", "is a folder of Parquet or Arrow; convert it first"),
-        ("saved/data.arrow", "is Arrow, part of a folder; convert it first"),
-        ("out.jsonl.gz", "is compressed; unpack it first"),
-        ("out.zip", "is a zip archive; unpack it first"),
-        ("a.png", "is an image"),
+        ("saved/data.arrow", "is an Arrow file; convert it first"),
+        ("out.jsonl.gz", "is a gzip file; unpack it first"),
+        ("out.zip", "is a ZIP archive; unpack it first"),
+        ("a.png", "is PNG; give a JSON list"),
+        ("pointer.jsonl", "is a Git LFS pointer .*git lfs pull"),
+        ("page.jsonl", "is an HTML page; give"),
         ("done/train", r"is a shard folder already; give it to launch/train\.py"),
     ],
 )
@@ -205,6 +207,8 @@ def test_what_is_no_json_is_told_by_what_it_is(tmp_path: Path, name: str, messag
     subprocess.run(["gzip", "--keep", source], check=True)
     source.with_suffix(".jsonl.gz").rename(tmp_path / "out.jsonl.gz")
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+    (tmp_path / "page.jsonl").write_text("<!DOCTYPE html><html>Not found</html>")
     main(["--train", str(source), "--out", str(tmp_path / "done")])
     with pytest.raises(InputError, match=message):
         sharded(tmp_path, "--train", tmp_path / name)
