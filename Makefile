@@ -37,7 +37,7 @@ demo: $(STAMP) ## the whole job on handwritten digits, in runs/demo (some minute
 demo-seeds: $(STAMP) ## the demo with three seeds and its controls, in runs/demo-seeds
 	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3
 
-test: $(STAMP) ## all tests but those that need a GPU
+test: $(STAMP) ## all tests but those that need a GPU or a browser
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not gpu and not web"
 
 test-survive: $(STAMP) ## kill a run KILLS=20 times and change its number of ranks; survive.json

@@ -44,7 +44,7 @@ class EvaluateConfig(FileScoringConfig):
 
     model: list[str] = field(
         default_factory=lambda: ["./weights/export"],
-        metadata={"help": "PRMs: local folders or hub names, or label=folder."},
+        metadata={"help": "PRMs: local folders, run folders or hub names, or label=folder."},
     )
     test_json_file: str = flag("./data/test.json", "Questions with candidates, JSON or JSONL.")
     out: str = flag(
