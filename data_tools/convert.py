@@ -8,7 +8,6 @@ of every record that was not taken. Records stream through: memory does not grow
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections import Counter
@@ -199,15 +198,15 @@ def _found(root: Path, check: bool, rules: list[int], image: str) -> str:
     return path
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m data_tools.convert",
         description="Turn downloaded data files into records, as JSONL. What is not taken is "
         "listed in <out>.rejected.jsonl with file, line, id and reason.",
     )
-    output = argparse.ArgumentParser(add_help=False)
+    output = CommandParser(add_help=False)
     add_output(output)
-    images = argparse.ArgumentParser(add_help=False)
+    images = CommandParser(add_help=False)
     images.add_argument("inputs", type=Path, nargs="+", help="JSONL files or JSON lists")
     images.add_argument(
         "--image_root",
@@ -222,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add_limit(images)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, what: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def command(name: str, what: str, *parents: CommandParser) -> CommandParser:
         return commands.add_parser(name, help=what, description=what, parents=[*parents, output])
 
     raw = command("raw", "raw VisualPRM400K, one file per data set, to training records", images)

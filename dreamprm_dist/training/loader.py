@@ -1,5 +1,6 @@
 """The two data streams of a run: each step's micro-batches of this rank, in the design's order."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.schema import step_labels
@@ -20,6 +22,8 @@ from dreamprm_dist.prm.batch import Batch, InputFormat, Instance, collate, encod
 from dreamprm_dist.prm.chat import encode_conversation
 from dreamprm_dist.prm.grid import num_tiles
 from dreamprm_dist.training.preemption import leave_signals_to_the_rank
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -147,16 +151,13 @@ class RankBatches(Dataset):
                 "batch size, the accumulation or the number of ranks"
             )
 
-    def check_rows(self) -> tuple[int, int]:
-        """Read what this rank's shards are learned from: refuse records that cannot be.
+    def check_rows(self, device: torch.device) -> None:
+        """Refuse records and data that cannot be learned from; by all ranks, each its shards.
 
         Reads text and image sizes only, so that a run fails at its start and not days later.
 
-        Returns:
-            Steps labelled + and -; of a meta set, right and wrong solutions.
-
         Raises:
-            InputError: records are longer than the model's context.
+            InputError: records are longer than the model's context, or no step is labelled.
         """
         too_long, first = 0, ""
         signs: Counter[str | bool | None] = Counter()
@@ -185,7 +186,24 @@ class RankBatches(Dataset):
                 f"{first} ({too_long} such records on this rank); lower max_patch_num, now "
                 f"{self.format.max_tiles}, or leave the records out and shard again"
             )
-        return signs["+"] + signs[True], signs["-"] + signs[False]
+        mine = [signs["+"] + signs[True], signs["-"] + signs[False]]
+        self._check_signs(distributed.all_reduce_sum(torch.tensor(mine, device=device)).tolist())
+
+    def _check_signs(self, counts: Sequence[int]) -> None:
+        """Refuse data that teach nothing, and warn of data that teach one answer alone."""
+        signs = "right solution", "wrong solution"
+        if self.shards.kind == "training":
+            signs = "step labelled +", "step labelled -"
+            if not any(counts):
+                raise InputError(
+                    f"{self.shards.path}: no step of its {self.shards.num_rows} records is "
+                    "labelled, so there is nothing to learn; label steps + or - and shard again"
+                )
+        for sign, count in zip(signs, counts, strict=True):
+            if not count:
+                logger.warning(
+                    "%s has no %s: a PRM learns one answer from it", self.shards.path, sign
+                )
 
     def _length(self, record: dict) -> int:
         """Tokens of a record, image tokens counted without writing them out."""

@@ -19,7 +19,6 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset, hold_out
 from dreamprm_dist.data.sampler import check_every_shard_learns, check_ranks
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import whole_folder, whole_lines
 from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.prm.batch import Batch, InputFormat
@@ -178,23 +177,8 @@ class TrainingRun:
             by_question=by_question,
             share_tiles=share_tiles,
         )
-        self._check_signs(shards, *batches.check_rows())
+        batches.check_rows(self.device)
         return batches
-
-    def _check_signs(self, shards: ShardFolder | RowSubset, *mine: int) -> None:
-        """Refuse data that nothing can be learned from; warn of data that teach one answer."""
-        counts = distributed.all_reduce_sum(torch.tensor(mine, device=self.device)).tolist()
-        signs = "right solution", "wrong solution"
-        if shards.kind == "training":
-            signs = "step labelled +", "step labelled -"
-            if not any(counts):
-                raise InputError(
-                    f"{shards.path}: no step of its {shards.num_rows} records is labelled, so "
-                    "there is nothing to learn; label steps + or - and shard again"
-                )
-        for sign, count in zip(signs, counts, strict=True):
-            if not count:
-                logger.warning("%s has no %s: a PRM learns one answer from it", shards.path, sign)
 
     def data(self, done: int = 0) -> Iterator[tuple[list[list[Batch]], list[Batch]]]:
         """For each iteration after `done`, the lower batches of its unroll and its meta batch."""

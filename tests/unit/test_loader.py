@@ -1,12 +1,17 @@
 """Batches of whole questions, and images that several instances of a batch show."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_tools import sharding
+from data_tools.shard import shard_file
+from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.errors import InputError
 from dreamprm_dist.losses import MetaLossConfig, meta_losses
 from dreamprm_dist.prm.batch import Batch, InputFormat, collate
 from dreamprm_dist.prm.chat import label_token_ids
@@ -112,3 +117,57 @@ def test_grouped_solutions_give_the_numbers_of_ungrouped_ones(
         losses_and_gradient(whole), losses_and_gradient(apart), strict=True
     ):
         torch.testing.assert_close(grouped, ungrouped, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mine", "others", "said"),
+    [
+        ("training", ["+", "-"], [0, 0], None),
+        ("training", ["+", None], [0, 1], None),
+        ("training", ["+", None], [3, 0], "has no step labelled -"),
+        ("training", [None, "-"], [0, 0], "has no step labelled +"),
+        ("training", [None, None], [0, 1], "has no step labelled +"),
+        ("training", [None, None], [0, 0], "no step of its 2 records is labelled"),
+        ("meta", [True, False], [0, 0], None),
+        ("meta", [True, True], [0, 0], "has no wrong solution"),
+        ("meta", [False, False], [0, 0], "has no right solution"),
+        ("meta", [False, False], [1, 0], None),
+    ],
+)
+def test_data_that_teach_nothing_or_one_answer(
+    tmp_path: Path, tiny_prm_dir: Path, monkeypatch, caplog, kind: str, mine: list, others, said
+):
+    # Shards of another release may hold what sharding now refuses.
+    monkeypatch.setattr(sharding, "_refuse_without_labels", lambda *_: None)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda counts: counts + torch.tensor(others))
+    records = [
+        {
+            "id": i,
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "gpt", "value": None if kind == "meta" else sign},
+            ],
+            "true_false": bool(sign),
+        }
+        for i, sign in enumerate(mine)
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    shard_file(tmp_path / "records.json", tmp_path / "shards", kind, 1)
+    batches = RankBatches(
+        shards=ShardFolder(tmp_path / "shards"),
+        tokenizer=load_tokenizer(str(tiny_prm_dir)),
+        format=InputFormat(6, 28, 4),
+        global_batch_size=1,
+        micro_batch_size=1,
+        seed=1,
+        level=0,
+        rank=0,
+        world_size=1,
+    )
+    if said and said.startswith("no step"):
+        with pytest.raises(InputError, match=said):
+            batches.check_rows(torch.device("cpu"))
+    else:
+        batches.check_rows(torch.device("cpu"))
+        messages = [r.getMessage() for r in caplog.records if "one answer" in r.getMessage()]
+        assert len(messages) == (said is not None) and all(str(said) in text for text in messages)
