@@ -29,7 +29,8 @@ except ModuleNotFoundError:
 from data_tools.journal import Journal
 from data_tools.reencode import shard_image
 from data_tools.replies import ErrorReply, read_reply
-from dreamprm_dist.data.schema import parse_test_record, read_json_records, require_object
+from dreamprm_dist.data.json_records import read_json_records
+from dreamprm_dist.data.schema import parse_question_record
 from dreamprm_dist.errors import InputError, RecordError
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def candidate_requests(
     seen: set[str] = set()
     for line, raw in islice(read_json_records(questions), limit):
         try:
-            no_candidates = {"candidates": [""], "true_false": [False]}
-            record = parse_test_record(no_candidates | require_object(raw))
+            record = parse_question_record(raw)
             if not record.id or record.id in seen:
                 raise RecordError("every question needs an 'id' of its own.")
         except RecordError as error:

@@ -33,11 +33,11 @@ from data_tools.record_files import (
     with_source_id,
 )
 from dreamprm_dist.data.images import read_image
+from dreamprm_dist.data.json_records import read_json_records
 from dreamprm_dist.data.schema import (
-    parse_test_record,
+    parse_question_record,
     parse_training_record,
     question_turn,
-    read_json_records,
     require_object,
 )
 from dreamprm_dist.errors import InputError, RecordError
@@ -148,9 +148,8 @@ def _questions_and_images(record: dict) -> tuple[list[str], list[str]]:
     if "steps_with_score" in record:  # raw VisualPRM
         record = convert_raw(record)
     if "conversations" not in record:
-        # A question record, which has no candidates yet, will do as well.
-        test = parse_test_record({"candidates": [""], "true_false": [False], **record})
-        return [test.question], test.images
+        asked = parse_question_record(record)
+        return [asked.question], asked.images
     parsed = parse_training_record(record)
     original = record.get("question_orig")
     return [

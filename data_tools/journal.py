@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dreamprm_dist.data.schema import read_json_records
+from dreamprm_dist.data.json_records import read_json_records
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.files import JsonLines
 

@@ -15,12 +15,8 @@ from pathlib import Path
 from data_tools.dataset_files import read_rows
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import decode_image
-from dreamprm_dist.data.schema import (
-    parse_meta_record,
-    parse_test_record,
-    read_json_records,
-    require_object,
-)
+from dreamprm_dist.data.json_records import read_json_records
+from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, require_object
 from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.answer_keys import UNKNOWN, normal_key, parse_options
 from dreamprm_dist.evaluation.choices import LETTERS

@@ -15,8 +15,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from dreamprm_dist.data.json_records import read_json_records
 from dreamprm_dist.data.question_key import NO_ID
-from dreamprm_dist.data.schema import read_json_records
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.files import refuse_overwriting, whole_file
 

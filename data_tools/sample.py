@@ -21,7 +21,8 @@ from data_tools.record_files import (
     with_prefix,
     with_source_id,
 )
-from dreamprm_dist.data.schema import read_json_records, require_object, step_labels
+from dreamprm_dist.data.json_records import read_json_records
+from dreamprm_dist.data.schema import require_object, step_labels
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import CommandParser, run
 

@@ -18,8 +18,8 @@ from data_tools.folders import work_folder
 from data_tools.record_files import add_limit
 from data_tools.sharding import Checked, Plan, checked
 from data_tools.workers import InOrder, start_workers
+from dreamprm_dist.data.json_records import require_file
 from dreamprm_dist.data.sampler import ranks_that_work
-from dreamprm_dist.data.schema import require_file
 from dreamprm_dist.data.shards import MANIFEST, REJECTED
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import file_sha256

@@ -24,12 +24,11 @@ import pyarrow.parquet as pq
 from data_tools.folders import make_once
 from data_tools.reencode import encoded
 from dreamprm_dist.data.images import MAX_IMAGE_BYTES, ON_WHITE, REDRAWN, read_image
+from dreamprm_dist.data.json_records import json_lines, parse_line
 from dreamprm_dist.data.question_key import NO_ID, question_key
 from dreamprm_dist.data.schema import (
     MetaRecord,
     TrainingRecord,
-    json_lines,
-    parse_line,
     parse_meta_record,
     parse_training_record,
     step_labels,

@@ -30,7 +30,7 @@ from data_tools.reencode import ENCODING
 from data_tools.shard_pieces import STEP_LABELS, Job, Shard, find_blocks, make_block, make_shard
 from data_tools.source_kind import refuse_other_files
 from data_tools.workers import InOrder
-from dreamprm_dist.data.schema import load_json_list, starts_with_bracket
+from dreamprm_dist.data.json_records import load_json_list, starts_with_bracket
 from dreamprm_dist.data.shards import FORMAT_VERSION, MANIFEST, REJECTED, SCHEMAS
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import file_sha256, refuse_overwriting

@@ -16,7 +16,8 @@ from dreamprm_dist.data.file_kinds import (
     ZIP,
     kind_of_file,
 )
-from dreamprm_dist.data.schema import kind_of_record, read_json_records, require_file
+from dreamprm_dist.data.json_records import read_json_records, require_file
+from dreamprm_dist.data.schema import kind_of_record
 from dreamprm_dist.data.shards import MANIFEST
 from dreamprm_dist.errors import InputError
 

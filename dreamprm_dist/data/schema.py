@@ -1,4 +1,4 @@
-"""Training, meta and test records: reading them from JSON files and checking them.
+"""Training, meta and test records: what each must hold, checked record by record.
 
 The ``parse_*`` functions see one record and not its file, so their messages say what is wrong
 with the record; whoever knows the file and line puts them in front.
@@ -6,11 +6,9 @@ with the record; whoever knows the file and line puts them in front.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from dreamprm_dist.errors import RecordError
 
@@ -18,8 +16,6 @@ IMAGE_PLACEHOLDER = "<image>"
 QUESTION_PREFIX = "### Question:\n"
 # In VisualPRM's format the first step follows it, in the question's own turn.
 SOLUTION_MARK = "### Solution Process:"
-MAX_LINE_BYTES = 16 << 20  # a longer line is garbage; it is skipped without being held
-_BOM = b"\xef\xbb\xbf"
 
 # Functional syntax, as "from" is a keyword.
 TextTurn = TypedDict("TextTurn", {"from": Literal["system", "human"], "value": str})
@@ -81,74 +77,6 @@ class TestRecord:
     answer: str = ""
     options: list[str] | None = None
     step_labels: list[list[str | None]] | None = None
-
-
-def read_json_records(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]:
-    """Yield (line, record) for JSONL or (index, record) for a JSON list, both counted from 1.
-
-    The first non-blank character decides: ``[`` is a JSON list (held in memory as a whole),
-    anything else is JSONL, of which no more than one line is held. UTF-8, with or without a byte
-    order mark. A line, or an entry, that is no JSON object is yielded as a RecordError that says
-    why, as is a line longer than `MAX_LINE_BYTES`, and reading goes on.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: a malformed JSON list, with file, line and column.
-    """
-    path = require_file(path)
-    if starts_with_bracket(path):
-        values = load_json_list(path)
-        return ((index, _object(value)) for index, value in enumerate(values, start=1))
-    return _read_lines(path)
-
-
-def require_file(path: str | Path) -> Path:
-    """The path of a record file; FileNotFoundError when there is none."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {what}; give a JSON list or a JSONL file.")
-    return path
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, dict | RecordError]]:
-    with path.open("rb") as file:
-        for number, line in json_lines(file):
-            yield number, parse_line(line)
-
-
-def json_lines(file: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (number, line) for the lines that are not blank; None for one that is too long.
-
-    Args:
-        number: of the line that the file stands at.
-    """
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                pass
-            yield number, None
-        elif line.removeprefix(_BOM).strip():
-            yield number, line
-        number += 1
-
-
-def parse_line(line: bytes | None) -> dict | RecordError:
-    """The record in a line of `json_lines`, or what is wrong with it."""
-    if line is None:
-        return RecordError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; remove it.")
-    try:
-        return _object(json.loads(line.removeprefix(_BOM).decode("utf-8")))
-    # RecursionError: thousands of nested brackets; a bad line must not end the whole run.
-    except (ValueError, RecursionError) as error:
-        return RecordError(f"not valid JSON ({error}); fix or remove the line.")
-
-
-def _object(value: object) -> dict | RecordError:
-    try:
-        return require_object(value)
-    except RecordError as error:
-        return error
 
 
 def parse_training_record(record: object) -> TrainingRecord:
@@ -238,6 +166,16 @@ def parse_test_record(record: object) -> TestRecord:
     )
 
 
+def parse_question_record(record: object) -> TestRecord:
+    """Check a question record: a test record whose candidates may still be missing.
+
+    Raises:
+        RecordError: as `parse_test_record`.
+    """
+    no_candidates = {"candidates": [""], "true_false": [False]}
+    return parse_test_record(no_candidates | require_object(record))
+
+
 def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | list[str]]]:
     """Check a record of solutions to score; returns question, image paths and solutions.
 
@@ -267,31 +205,6 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
         else:
             texts.append(_solution(solution, key))
     return question, _parse_images(record.get("image_path"), "image_path"), texts
-
-
-def starts_with_bracket(path: Path) -> bool:
-    """Whether a file holds a JSON list and not JSONL."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(_BOM).lstrip()
-        while not start and (block := file.read(4096)):
-            start = block.lstrip()
-    return start.startswith(b"[")
-
-
-def load_json_list(path: Path) -> list:
-    """The entries of a JSON list; RecordError with line and column when it is malformed."""
-    data = path.read_bytes()
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        where, what = f"line {error.lineno}, column {error.colno}", error.msg
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        where, what = f"line {line}, column {column}", "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        where, what = "line 1, column 1", str(error)
-    raise RecordError(f"{path}, {where}: the JSON list is malformed ({what}); fix the file.")
 
 
 def _parse_step_labels(value: object, num_candidates: int) -> list[list[str | None]] | None:

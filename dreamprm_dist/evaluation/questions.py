@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dreamprm_dist.data.json_records import read_json_records
 from dreamprm_dist.data.question_key import image_digests, question_key, question_text
-from dreamprm_dist.data.schema import (
-    MetaRecord,
-    Turn,
-    parse_meta_record,
-    parse_test_record,
-    read_json_records,
-)
+from dreamprm_dist.data.schema import MetaRecord, Turn, parse_meta_record, parse_test_record
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.answer_keys import parse_options
 from dreamprm_dist.evaluation.grading import votes

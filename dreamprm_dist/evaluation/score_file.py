@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from dreamprm_dist.data.images import read_image
-from dreamprm_dist.data.schema import parse_scoring_record, read_json_records
+from dreamprm_dist.data.json_records import read_json_records
+from dreamprm_dist.data.schema import parse_scoring_record
 from dreamprm_dist.distributed import rank
 from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.score_journal import ScoreJournal

@@ -74,7 +74,10 @@ def test_accelerate_keeps_trackers_under_their_names() -> None:
 
 def test_names() -> None:
     assert [*check_trackers(None), *check_trackers(" , ")] == []
-    with pytest.raises(ValueError, match="unknown tracker 'tensorbord'; leave trackers out for none, or choose from aim"):
+    with pytest.raises(
+        ValueError,
+        match="unknown tracker 'tensorbord'; leave trackers out for none, or choose from aim",
+    ):
         check_trackers("tensorbord")
     missing = next(name for name in ("clearml", "swanlab", "aim") if not has(name))
     with pytest.raises(ValueError, match="is not installed; pip install"):

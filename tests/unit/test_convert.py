@@ -10,15 +10,12 @@ import pytest
 from json_lines import lines, write
 from PIL import Image
 
-import dreamprm_dist.data.schema as schema
+import dreamprm_dist.data.json_records as json_records
 from data_tools.convert import convert_raw, main
 from data_tools.mmmu import question_record
 from data_tools.shard import shard_file
-from dreamprm_dist.data.schema import (
-    parse_meta_record,
-    parse_test_record,
-    read_json_records,
-)
+from dreamprm_dist.data.json_records import read_json_records
+from dreamprm_dist.data.schema import parse_meta_record, parse_test_record
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
@@ -175,7 +172,7 @@ def test_inputs_of_one_name_and_files_that_are_there_are_refused(tmp_path):
 
 
 def test_conversations_with_bom_crlf_repeated_ids_and_garbage(tmp_path, monkeypatch):
-    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(json_records, "MAX_LINE_BYTES", 2000)
     good = [{"id": i, "conversations": turns("+", None, "-")} for i in (-1, -1, "x", "x", None)]
     text = [json.dumps(record).encode() for record in good]
     bad = [b"{", b"7", b"\xff\xfe", b"[" * 1900, b"z" * 5000, json.dumps({"id": "no"}).encode()]
@@ -198,7 +195,7 @@ def test_conversations_with_bom_crlf_repeated_ids_and_garbage(tmp_path, monkeypa
 
 
 def test_a_line_at_the_limit_is_taken_and_one_byte_more_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(json_records, "MAX_LINE_BYTES", 20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": "abcdefghi"}\n{"id": "abcdefghij"}\n{"id": 1}')
     (_, first), (_, second), (number, third) = read_json_records(path)

@@ -10,15 +10,14 @@ import pytest
 from PIL import Image
 
 from dreamprm_dist.data.images import decode_image
+from dreamprm_dist.data.json_records import parse_line, read_json_records
 from dreamprm_dist.data.schema import (
     MetaRecord,
-    parse_line,
     parse_meta_record,
     parse_scoring_record,
     parse_test_record,
     parse_training_record,
     parts_around_images,
-    read_json_records,
     require_object,
 )
 from dreamprm_dist.errors import RecordError

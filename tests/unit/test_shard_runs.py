@@ -15,7 +15,7 @@ from PIL import Image
 import data_tools.folders as folders
 import data_tools.shard_pieces as pieces
 import data_tools.sharding as sharding
-import dreamprm_dist.data.schema as schema
+import dreamprm_dist.data.json_records as json_records
 from data_tools.folders import claim_folder, make_once
 from data_tools.shard import main, shard_file
 from data_tools.workers import start_workers
@@ -353,7 +353,7 @@ def test_a_block_ends_when_it_is_large(train, monkeypatch):
     assert [b.start for b in blocks] == [0, *(b.end for b in blocks[:-1])]
     assert blocks[-1].end == size
     assert blocks[1].line == blocks[0].num_records + 1
-    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 10)  # all lines too long, but lines still
+    monkeypatch.setattr(json_records, "MAX_LINE_BYTES", 10)  # all lines too long, but lines still
     assert list(pieces.find_blocks(train)) == blocks
 
 
