@@ -38,7 +38,7 @@ def train(config: TrainConfig, device: torch.device) -> None:
     data, folder = config.data, Path(config.run.weights_path)
     model = config.model.reward_model
     refuse_overwriting(
-        (folder / name for name in ("export", "checkpoints", "config.yaml", METRICS)),
+        (folder / name for name in (EXPORT, "checkpoints", "config.yaml", METRICS)),
         [model, Path(model, EXPORT), data.train_json_file, data.meta_json_file],
         into=folder,
     )

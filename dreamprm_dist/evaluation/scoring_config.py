@@ -13,7 +13,7 @@ from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import AtLeastOne, Count, FlagGroup, flag
-from dreamprm_dist.prm.model_folder import resolve_model
+from dreamprm_dist.prm.model_folder import EXPORT, resolve_model
 
 # Ranks finish at different times, for images have different sizes; less would end long work at its
 # last barrier.
@@ -88,4 +88,4 @@ def _weights_state(model: str) -> list[list]:
 def prm_name(model: str) -> str:
     """A PRM's name: of a run's `export` folder that of the run, of anything else its own."""
     path = Path(model).absolute()  # the name of "." is empty
-    return path.resolve().parent.name if path.name == "export" else path.name
+    return path.resolve().parent.name if path.name == EXPORT else path.name

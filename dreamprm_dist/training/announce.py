@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.training.config import BATCH_FLAGS, TrainConfig
 
 
@@ -46,7 +47,8 @@ def time_text(seconds_per_iteration: float, left: int) -> str:
 
 def end_text(folder: Path) -> str:
     """Where the outcome is, and what to do with it."""
+    export = folder / EXPORT
     return (
-        f"the export is in {folder / 'export'}; next: python launch/evaluate.py "
-        f"--model {folder / 'export'} --test_json_file TEST.jsonl"
+        f"the export is in {export}; next: python launch/evaluate.py --model {export} "
+        "--test_json_file TEST.jsonl"
     )

@@ -24,6 +24,7 @@ from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
+from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext
 from dreamprm_dist.training.announce import end_text, start_text, time_text
@@ -367,7 +368,7 @@ class TrainingRun:
         """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""
         weights = self.instance_weights() if self.config.learns else None
         if distributed.rank() == 0:
-            with whole_folder(self.folder / "export") as folder:
+            with whole_folder(self.folder / EXPORT) as folder:
                 export_prm(folder, self.trainer.engine.module, self.tokenizer, self._card())
                 if weights is not None:
                     export_weights(folder, self.train_shards, *weights)
