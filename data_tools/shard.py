@@ -20,7 +20,7 @@ from data_tools.sharding import Checked, Plan, checked
 from data_tools.workers import InOrder, start_workers
 from dreamprm_dist.data.json_records import require_file
 from dreamprm_dist.data.sampler import ranks_that_work
-from dreamprm_dist.data.shards import MANIFEST, REJECTED
+from dreamprm_dist.data.shards import BELOW, MANIFEST, REJECTED
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import CommandParser, run
@@ -125,7 +125,7 @@ def _plans(args: argparse.Namespace) -> list[Plan]:
         raise InputError(f"--train and --meta are one file, {args.meta}; a meta set is held apart.")
     meta_shards = args.num_shards if args.meta_num_shards is None else args.meta_num_shards
     jobs = [("meta", args.meta, meta_shards), ("training", args.train, args.num_shards)]
-    folders = {"meta": args.out / "meta", "training": args.out / "train"}
+    folders = {kind: args.out / name for kind, name in BELOW.items()}
     jobs = [job for job in jobs if job[1] is not None]
     # Of a command that was killed in its second job the first one is done.
     if not args.overwrite and any(work_folder(folders[kind]).exists() for kind, _, _ in jobs):

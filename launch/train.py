@@ -5,15 +5,13 @@ from pathlib import Path
 import torch
 
 from dreamprm_dist import distributed
-from dreamprm_dist.data.shards import MANIFEST, ShardFolder
+from dreamprm_dist.data.shards import ShardFolder, shards_at
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
 from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.training.config import DataConfig, TrainConfig, parse_train_config
 from dreamprm_dist.training.run import METRICS, TrainingRun
-
-SHARDS_BELOW = {"training": "train", "meta": "meta"}  # as data_tools.shard names the folders
 
 
 def open_shards(path: str, kind: str, config: DataConfig) -> ShardFolder:
@@ -24,13 +22,9 @@ def open_shards(path: str, kind: str, config: DataConfig) -> ShardFolder:
         path = distributed.text_of_long_work(
             lambda: str(cached_shards(path, kind, config.num_shards, config.image_root))
         )
-    folder = Path(path)
-    below = folder / SHARDS_BELOW[kind]
-    if (below / MANIFEST).is_file() and not (folder / MANIFEST).is_file():
-        folder = below
-    shards = ShardFolder(folder)
+    shards = ShardFolder(shards_at(Path(path), kind))
     if shards.kind != kind:
-        raise InputError(f"{folder} holds {shards.kind} shards where {kind} shards are needed")
+        raise InputError(f"{shards.path} holds {shards.kind} shards where {kind} shards are needed")
     return shards
 
 

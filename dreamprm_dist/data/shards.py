@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 ROW_GROUP_ROWS = 16
+BELOW = {"training": "train", "meta": "meta"}  # a folder that holds one of each kind
 
 _TRAINING_FIELDS = [
     pa.field("sample_id", pa.int64(), nullable=False),
@@ -40,6 +41,13 @@ SCHEMAS = {
     "training": pa.schema(_TRAINING_FIELDS),
     "meta": pa.schema(_TRAINING_FIELDS + _META_FIELDS),
 }
+
+
+def shards_at(path: Path, kind: str) -> Path:
+    """The shard folder that a path stands for: itself, or the one of this kind below it."""
+    below = path / BELOW[kind]
+    is_above = (below / MANIFEST).is_file() and not (path / MANIFEST).is_file()
+    return below if is_above else path
 
 
 def question_rows(ids: list[int]) -> list[range]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dreamprm_dist.data.schema import QUESTION_PREFIX, SOLUTION_MARK, Turn
-from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.data.shards import MANIFEST, ShardFolder, shards_at
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.report.html import axes_of, html_table, notes, svg_figure, thumbnail, wrap
 from dreamprm_dist.report.runs import Run
@@ -151,8 +151,9 @@ def training_shards(run: Run) -> ShardFolder:
     Raises:
         InputError: they are not where they were, or do not fit the run's weights.
     """
-    path = Path(str(run.config.get("train_json_file", "(no train_json_file in config.yaml)")))
-    if not (path / "manifest.json").is_file():
+    named = run.config.get("train_json_file", "(no train_json_file in config.yaml)")
+    path = shards_at(Path(str(named)), "training")
+    if not (path / MANIFEST).is_file():
         raise InputError(f"its training shards are not at {path}")
     shards = ShardFolder(path)
     if shards.num_rows != len(run.weights):

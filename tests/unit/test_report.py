@@ -22,7 +22,7 @@ from dreamprm_dist.report.demo import write_demo_report
 from dreamprm_dist.report.overview import write_run_report
 from dreamprm_dist.report.runs import MOST_POINTS, Run
 from dreamprm_dist.report.style import shortened, significant
-from dreamprm_dist.report.weights import effective_sample_size, question_and_steps
+from dreamprm_dist.report.weights import effective_sample_size, question_and_steps, training_shards
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "report.py"
 HOSTILE = 'x$1<script>alert("&")</script>'
@@ -473,6 +473,16 @@ def test_command(folder: Path, tmp_path: Path):
 
 
 # --- training runs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["train", "."])
+def test_training_shards_are_found_where_the_run_found_them(
+    tiny_shards: Path, tmp_path: Path, named: str
+):
+    write_run(tmp_path, np.linspace(0, 2, 64))
+    config = {"train_json_file": str(tiny_shards / named)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert training_shards(Run.read(tmp_path)).path == tiny_shards / "train"
 
 
 @pytest.fixture(scope="module")
