@@ -17,7 +17,15 @@ from pathlib import Path
 
 from dreamprm_dist.data.shards import MANIFEST
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.files import file_sha256, json_line, whole_file, write_whole
+from dreamprm_dist.files import (
+    LOCK,
+    file_sha256,
+    in_use,
+    json_line,
+    this_process,
+    whole_file,
+    write_whole,
+)
 
 _JOB = "job.json"
 
@@ -55,7 +63,11 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
     try:
         lock = _lock(work)
     except BlockingIOError:
-        raise InputError(f"{out_dir}: another run is writing it; wait for its end.") from None
+        try:
+            holder = (work / LOCK).read_text(encoding="utf-8")
+        except FileNotFoundError:  # it has only just begun
+            holder = ""
+        raise in_use(out_dir, holder) from None
     try:  # only now, for another run may have finished a moment ago
         for old in sorted(out_dir.parent.glob(f"{out_dir.name}.old-*")):
             if out_dir.exists():
@@ -68,8 +80,9 @@ def claim_folder(out_dir: Path, overwrite: bool, job: dict) -> tuple[Path, int]:
             work.rmdir()
         os.close(lock)
         raise
+    (work / LOCK).write_text(this_process(), encoding="utf-8")
     if _read_note(work / _JOB) != job:
-        for path in work.iterdir():
+        for path in set(work.iterdir()) - {work / LOCK}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_whole(work / _JOB, json_line(job))
     return work, lock

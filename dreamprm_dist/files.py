@@ -115,16 +115,26 @@ def sole_use(folder: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise InputError(
-                f"{folder} is in use by {file.read().strip() or 'another run'}; wait for its end, "
-                "end it, or choose another folder"
-            ) from None
+            raise in_use(folder, file.read()) from None
         except OSError as error:
             logger.warning("%s: no lock (%s); see that no other run writes here", folder, error)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(this_process())
         file.flush()
         yield
+
+
+def this_process() -> str:
+    """What a lock says of who holds it."""
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+def in_use(folder: Path, holder: str) -> InputError:
+    """The refusal of a folder that another process holds."""
+    return InputError(
+        f"{folder} is in use by {holder.strip() or 'another run'}; wait for its end, end it, or "
+        "choose another folder"
+    )
 
 
 def json_line(row: Mapping) -> str:

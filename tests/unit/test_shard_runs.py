@@ -123,7 +123,7 @@ def test_a_run_that_ends_just_before_another_one_starts_is_not_replaced(
 def test_a_live_run_is_not_disturbed(train, tmp_path):
     work, lock = claim_folder(tmp_path / "out", overwrite=False, job={})
     try:
-        with pytest.raises(ValueError, match="another run is writing it"):
+        with pytest.raises(ValueError, match="is in use by process "):
             shard_file(train, tmp_path / "out", "training", 2)
         assert work.is_dir()
     finally:
