@@ -23,7 +23,9 @@ from dreamprm_dist.errors import InputError
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 _BATCH_ROWS = 8  # a row may hold seven images of megabytes
 # A file of a split may say which piece it is: -00000-of-00002, _1, -00000-of-00002-0f3a9c2b.
-_STEM = re.compile(r"(.*?)(?:[-_.]?\d+(?:-of-\d+)?(?:-[0-9a-f]+)?)?")
+_STEM = re.compile(
+    r"(.*?)(?:(?:[-_.](?:part|shard|chunk|batch))?[-_.]?\d+(?:-of-\d+)?(?:-[0-9a-f]+)?)?"
+)
 _NO_NAME = ("", "data", "dataset", "file", "part", "split")
 _FOLDER_MARKS = ("partial-", "split=")  # the hub's for the start of a large split; Hive's
 

@@ -25,9 +25,16 @@ UNKNOWN = "?"  # the test split of MMMU is published with it for every answer
 _MAX_CHARS = 100_000  # of a text that spells a list
 
 _ARRAY = re.compile(r"(?:np\.|numpy\.)?array\((\[.*\])(?:,\s*dtype=[\w'\"<>|.]+)?\)", re.DOTALL)
+# What JSON and Python would read as control characters, where a list's LaTeX has one backslash.
+_LATEX = re.compile(
+    r"(?<!\\)(?:\\\\)*\\(?=(?:[abfrtv]|u(?![\da-fA-F]{4}))[a-z]{2}|n(?:u|eq?|eg|abla)(?![a-z]))"
+)
 _HEADING = re.compile(r"\A(?:options|choices)\s*:\s*", re.IGNORECASE)
 _LABELS = tuple(
-    re.compile(rf"{start}(\(?)([A-Za-z])(?:([.:])\s+|(\))\s*)", re.MULTILINE)
+    re.compile(
+        rf"{start}([(（]?)([A-Za-z])(?:([.:])(?:\s+|(?=[^\x00-\x7f]))|([)、．：）])\s*)",
+        re.MULTILINE,
+    )
     for start in ("^[ ]*", r"(?<!\S)")
 )
 _ITEM = re.compile(r"^(?:[-*•]|\d{1,2}[.)])\s+(?=\S)")
@@ -96,7 +103,8 @@ def _key_letter(answer: str, texts: Sequence[str]) -> str:
     found = options_with_text(text, texts)
     label, rest = split_label(text)
     if not found and label and label in letters:
-        found = [label] if not rest.strip() or label in options_with_text(rest, texts) else []
+        rest = rest.strip(" -=>|")
+        found = [label] if not rest or label in options_with_text(rest, texts) else []
     if not found:
         raise RecordError(
             f"the answer {answer[:100]!r} is none of the {len(texts)} options; give a letter from "
@@ -121,9 +129,15 @@ def _accepted(answer: object) -> list[str]:
                 return spelled
         return [answer]
     values = list(answer) if isinstance(answer, list | tuple) else [answer]
-    if not all(isinstance(x, str | int | float) and not isinstance(x, bool) for x in values):
+    if not all(map(_is_text_or_number, values)):
         raise RecordError("'answer' must be a text, or a list of texts that are all right.")
     return [str(x) for x in values]
+
+
+def _is_text_or_number(value: object) -> bool:
+    """Whether a value can be an answer; NaN is what pandas writes for none."""
+    is_one = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return is_one and value == value
 
 
 def _spelled(text: str) -> object:
@@ -136,7 +150,7 @@ def _spelled(text: str) -> object:
     if array := _ARRAY.fullmatch(text):
         text = array[1]
     if text[0] in "[({":
-        return _literal(text)
+        return _literal(_LATEX.sub(r"\g<0>\\", text))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) < 2:
         raise RecordError(

@@ -32,7 +32,10 @@ _KEYS, _KEYS_OR_EQUALS = (re.compile(key, re.IGNORECASE) for key in (_KEY, rf"{_
 
 _DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?"
 _POWER_OF_TEN = re.compile(r"(?:(?<=\d)( ?[×·*x] ?)|(?<![\w.^]))10\^\(?([+-]?\d{1,3})\)?(?!\d)")
-_NUMBER_IN_TEXT = re.compile(rf"(?<![\w.])-?(?:\d{{1,15}} ?/ ?\d{{1,15}}(?![\d/.])|{_DIGITS})")
+# Not the parts of a range, a ratio, a date or a time: 5-10, 2:3, 2024-05-01, 12:30.
+_NUMBER_IN_TEXT = re.compile(
+    rf"(?<![\w.])(?<!\d[-:])-?(?:\d{{1,15}} ?/ ?\d{{1,15}}(?![\d/.])|{_DIGITS})(?!\.?\d|[-:]\d)"
+)
 _FRACTION = re.compile(r"([+-]?) ?(?:(\d{1,15}) )?(\d{1,15}) ?/ ?(\d{1,15})")
 _GROUPED = re.compile(r"\d{1,3}(?:[ ']\d{3})+(?=\.|$)")
 # `5 m` and `42 apples`, but not the algebra of `2x`, `3π` and `2 sin x`.
@@ -41,10 +44,33 @@ _UNIT = (
     r"(?![^\W\d]))(?:[^\d,;=^]|\^-?\d)*"
 )
 _WITH_UNIT = re.compile(rf"([+-]?[\d ,.'/]*\d(?:e[+-]?\d+)?) ?({_UNIT})")
-_SIGN_SPACE = re.compile(r" ?([-+=<>≤≥×·/^*]) ?|(?<=[(\[]) | (?=[)\]])")
+# A capital behind a space is a unit: `5 N`, `5 nC`, `5 N/m`.
+_WITH_CAPITAL = re.compile(r"([+-]?[\d ,.'/]*\d(?:e[+-]?\d+)?) ([a-zµμ]?[ACFKNTΩ](?:[/·][\w^]+)?)")
+_SIGN_SPACE = re.compile(r" ?([-+=<>≤≥≠×·/^*:±√→]) ?|(?<=[(\[]) | (?=[)\]])")
 _LIST_COMMA = re.compile(r" ?, ?(?!\d{3}(?!\d))")
 _MAX_UNIT_WORDS = 2
-_PERCENT = re.compile(r"(?<=\d) ?per ?cent\b")
+# What is said in words: signs, and what changes no number.
+_WORDS = tuple(
+    (re.compile(words), sign)
+    for words, sign in (
+        (r"^(?:(?:about|around|roughly|approx(?:\.|imately)?) )+(?=[-+]?[\d.])", ""),
+        (r"^(?:us|usd|eur|gbp|inr|cny|rmb|rs\.?) ?(?=\d)", ""),
+        (r"^(?:minus|negative) (?=[\d.])", "-"),
+        (r"(?<=\d) ?per ?cent\b", "%"),
+        (r"(?<=\d) ?deg(?:rees?)?\b(?: ?(?=[cf]\b|celsius|fahrenheit))?", "°"),
+        (r"(?<=°)celsius\b", "c"),
+        (r"(?<=°)fahrenheit\b", "f"),
+        (r"(?<=\d) ?thousand\b", "e3"),
+        (r"(?<=\d) ?million\b", "e6"),
+        (r"(?<=\d) ?billion\b", "e9"),
+        (r"(?<![^\W\d])pi(?![^\W\d])", "π"),
+        (r"(?<![^\W\d])sqrt(?=\W)", "√"),
+        (r"√\((\w+)\)", r"√\1"),
+        (r"\^\(?(\d?[+-])\)?(?!\w)", r"\1"),  # the charge of an ion
+    )
+)
+# `The fox` is `fox`, but `A` before a capital may be the label of an option.
+_ARTICLE = re.compile(r"(?:[Tt]he|THE|[Aa]n|a|A(?= [a-z])) (?=[^\W\d_]{2})")
 _UNWRITTEN = dict.fromkeys(map(ord, "≈€£¥₹"))  # the dollar is gone with LaTeX
 
 
@@ -149,21 +175,32 @@ def value(text: str) -> Value:
     """The normal form of a plain text; false where there is nothing but punctuation."""
     if not _CONTENT.search(text):
         return Value("")
-    text = " ".join(unwrap(text).casefold().translate(_UNWRITTEN).split())
-    text = _PERCENT.sub("%", _powers_read(text))
+    text = " ".join(unwrap(text).translate(_UNWRITTEN).split())
+    written, text = text, _read_words(_ARTICLE.sub("", text, count=1).casefold())
     if (number := _number(text)) is not None:
         return Value("", number)
     unit = _WITH_UNIT.fullmatch(text)
     if unit and len(unit[2].split()) <= _MAX_UNIT_WORDS:
         number = _number(unit[1])
         return Value(text) if number is None else Value(unit[2].rstrip(" ."), number)
+    unit = _WITH_CAPITAL.fullmatch(_powers_read(written))
+    if unit and (number := _number(unit[1])) is not None:
+        return Value(unit[2], number)
     return Value(_LIST_COMMA.sub(", ", _SIGN_SPACE.sub(r"\1", text)).strip())
 
 
 def numbers(text: str) -> list[float]:
     """The numbers in a plain text: the 5 of `5kg`, none in `CO2`."""
-    found = map(_number, _NUMBER_IN_TEXT.findall(_powers_read(text.casefold())))
+    found = map(_number, _NUMBER_IN_TEXT.findall(_read_words(text.casefold())))
     return [number for number in found if number is not None]
+
+
+def _read_words(text: str) -> str:
+    """A text in small letters with signs for words: of percent, of degrees, of a million."""
+    text = _powers_read(text)
+    for words, sign in _WORDS:
+        text = words.sub(sign, text)
+    return text
 
 
 def _powers_read(text: str) -> str:

@@ -11,16 +11,23 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Not the article of "A cat", nor the pronoun, but "A and B", "A because"; nor "A = 5".
 _NO_WORD = (
     r"(?!\s*=|(?<=[AI])\s+"
-    r"(?!(?:and|or|because|since|as|due|is (?:the|right|correct))\b)(?:[A-Za-z]\w|\d))"
+    r"(?!(?:and|or|to|because|since|as|due|is (?:the|right|correct))\b)(?:[A-Za-z]\w|\d))"
 )
 _LABEL = re.compile(
     r"[\s\"']*(?i:(?:option|choice|answer)\s+)?"
-    r"(?:[(\[<]\s?([A-Za-z])\s?[)\]>][.:]?|[(\[<\"']?(?:([A-Za-z])[.:)](?=\s|$)"
+    r"(?:[(\[<]\s?([A-Za-z])\s?[)\]>][.:]?|[(\[<\"']?(?:([A-Za-z])(?:[.:)](?=\s|$|[^\x00-\x7f])|[、．：）])"
     r"|([A-Z])[\"']?(?=\s*[,;]|\s+[-:]|\s*$)))"
 )
 _STATED = re.compile(
-    r"(?i:\b(?:answer|option|choice)(?:\s+(?:is|would\s+be))?\s*:?\s*(?:option\s+)?)"
-    r"[(\[<\"']?([A-Z])(?![\w'])(?!(?<=[AI])\s+(?:[A-Z]\w|\d))"
+    r"(?:(?i:\b(?:answer|option|choice)(?:\s+(?:is|would\s+be))?\s*:?\s*(?:option\s+)?)"
+    r"|(?:答案|选项?)\s*[是为]?\s*:?\s*)"
+    r"[(\[<\"']?([A-Z])(?![a-zA-Z0-9_'])(?!(?<=[AI])\s+(?:[A-Z]\w|\d))"
+)
+# Letters that are named to be ruled out: `not B`, `neither A nor B`, `(B) is wrong`.
+_OPTION = r"(?:option\s+)?(?:[(\[<][A-Z][)\]>]|[A-Z](?![\w'+-]))"
+_DENIED = re.compile(
+    rf"(?:(?i:\bnot|n't|\bneither|\bnor)\s+{_OPTION}|(?<![\w(\[<]){_OPTION}\s+(?:is|are)\s+"
+    r"(?:not|wrong|incorrect|false|ruled\s+out)\b)"
 )
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 _IN_ANY_BRACKETS = re.compile(r"[(\[<]([A-Z])[)\]>]")
@@ -50,7 +57,8 @@ def parse_choice(solution: str, options: Sequence[str]) -> str | None:
         return letter
     # The options' own texts hold letters that choose nothing.
     named = [option for option in texts if len(unwrap(option)) > 1]
-    found = _letters(whole_words(named).sub(" ", text) if named else text, letters, stated)
+    unnamed = whole_words(named).sub(" ", text) if named else text
+    found = _letters(_DENIED.sub(" ", unnamed), letters, stated)
     if found:
         return found[-1] if not stated or len(set(found)) == 1 else None
     if letter := _option_with_text(tail(last), texts):

@@ -32,6 +32,7 @@ from dreamprm_dist.evaluation.answers import (
     open_votes,
     read,
     same_number,
+    tail,
     unwrap,
     value,
     whole_words,
@@ -67,7 +68,10 @@ def _is_right(texts: Sequence[str], key: str) -> bool:
     want = value(key)
     if want.number is None:
         words = whole_words([want.text])
-        return whole == want or any(x.number is None and words.search(x.text) for x in have)
+        named = value(tail(key))  # the 5 of `x = 5`
+        if whole == want or (whole.number is not None and whole == named):
+            return True
+        return any(x.number is None and words.search(x.text) for x in have)
     same = [x for x in have if x.number is not None and same_number(x.number, want.number)]
     if want.text:
         words = whole_words([unwrap(key)])

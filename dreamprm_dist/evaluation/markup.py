@@ -14,7 +14,9 @@ BOX, BOX_END = "\x02", "\x03"  # stand around what was in \boxed{}; no other con
 _NOT_PLAIN = re.compile(r"[^\n\x20-\x7e]")
 _SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b]+")
 _FRACTION_AFTER_DIGIT = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])")
-_EMOJI = re.compile("[\u2600-\u266c\u2670-\u27bf\u2b00-\u2bff\ufe00-\ufe0f\U0001f000-\U0001faff]")
+_EMOJI = re.compile(
+    "[\u2600-\u266c\u2670-\u27bf\u2b00-\u2bff\ufe00-\ufe0f\U0001f000-\U0001f0ff\U0001f18a-\U0001faff]"
+)
 _SIGNS = str.maketrans(
     {
         **dict.fromkeys("\u2212\u2043", "-"),
@@ -26,10 +28,15 @@ _SIGNS = str.maketrans(
         "\u3002": ".",
         "\u3001": ",",
         "\u00ba": "°",
+        # Letters in black circles and squares, which Unicode does not call variants.
+        **{chr(start + i): chr(65 + i) for start in (0x1F150, 0x1F170) for i in range(26)},
     }
 )
 
-_THOUGHT_END = "</think>"
+# As models end their thoughts: most, Kimi-VL, Magistral, and gpt-oss.
+_THOUGHT_END = re.compile(
+    r"</think(?:ing)?>|◁/think▷|\[/THINK\]|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z]\w{1,30});", re.IGNORECASE)
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]{1,40}\|>")
 _ANSWER_TAG = re.compile(r"<(/?)(?:final[ _-]?)?answer(?:\s[^<>]{0,99})?>", re.IGNORECASE)
@@ -66,6 +73,7 @@ _FONT = re.compile(
     r")(?![A-Za-z])|\\(?:begin|end|(?:text)?color(?:box)?)\{[^{}\n]{0,30}\}|\\[()\[\]]"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|(\d)\s?(\d))")
+_ROOT = re.compile(r"\\sqrt\s?\{([^{}]*)\}")
 _POWER = re.compile(r"\^\{([^{}]*)\}")
 _ONE_FACTOR = re.compile(r"-?(?:[\d.]+|\w)|\\[A-Za-z]+")
 _ONE_TERM = re.compile(r"-?[\w.,]+|\\[A-Za-z]+")
@@ -85,7 +93,7 @@ def plain(text: str) -> str:
     is struck out and the thoughts before a `</think>` are gone; `<answer>` starts a line `Answer:`.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if (answer := text.rpartition(_THOUGHT_END)[2]).strip():
+    if (answer := _THOUGHT_END.split(text)[-1]).strip():
         text = answer
     text = _without_latex(_without_markdown(_without_html(_plain_characters(text))))
     return "\n".join(" ".join(line.split()) for line in text.split("\n"))
@@ -138,6 +146,7 @@ def _without_latex(text: str) -> str:
     text = _EMPHASISED_LATEX.sub(r"(\1)", _DIGIT_SPACE.sub("", text))
     text = _FONT.sub("", _SPACING.sub(" ", text))
     text = _FRACTION.sub(_fraction, text)
+    text = _ROOT.sub(lambda root: f"√{_grouped(root[1], _ONE_FACTOR)}", text)
     text = _POWER.sub(lambda power: f"^{_grouped(power[1], _ONE_FACTOR)}", text)
     text = _COMMAND.sub(_command, _boxes_marked(text))
     return text.replace("^°", "°").replace("\\", "")

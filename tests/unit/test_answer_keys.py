@@ -1,5 +1,7 @@
 """Options in every form of public files, and keys that are answers to their question."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -40,10 +42,36 @@ LABELLED = list(zip("ABC", TEXTS, strict=True))
         [{x: text} for x, text in LABELLED],
         [f"{x}. {text}" for x, text in LABELLED],
         str([f"({x}) {text}" for x, text in LABELLED]),
+        "\n".join(f"{x}、{text}" for x, text in LABELLED),
+        "\n".join(f"（{x}）{text}" for x, text in LABELLED),
+        " ".join(f"{x}．{text}" for x, text in LABELLED),
+        [f"{x}：{text}" for x, text in LABELLED],
     ],
 )
 def test_options_are_read_in_every_form(value: object) -> None:
     assert parse_options(value) == TEXTS
+
+
+def test_labels_without_a_space_behind_them() -> None:
+    assert parse_options("A.猫\nB.狗") == parse_options(["A.猫", "B.狗"]) == ["猫", "狗"]
+    assert parse_options(["A.D.", "B.C."]) == ["A.D.", "B.C."]
+
+
+def test_latex_in_a_spelled_list_is_no_control_character() -> None:
+    for written in (
+        r"\frac12",
+        r"\times",
+        r"\beta",
+        r"\alpha",
+        r"\nu",
+        r"\right)",
+        r"\underline x",
+    ):
+        for spelled in (f"['{written}', 'x']", f'["{written}", "x"]'):
+            assert parse_options(spelled) == [written, "x"]
+        assert parse_options(str([written, "x"])) == [written, "x"]
+        assert parse_options(json.dumps([written, "x"])) == [written, "x"]
+    assert parse_options(r'["one\nline", "\u00e9t\uff08"]') == ["one\nline", "ét（"]
 
 
 @pytest.mark.parametrize("value", [None, "", " ", [], "[]", {}])
@@ -82,6 +110,7 @@ OPTIONS = ["red", "Green tea", "Vitamin A", "1/2"]
         *[(key, ["B"]) for key in (
             "B", "b", "(B)", " b. ", "B)", "[b]", "**B**", "$B$", "Ｂ", "Option B", "Answer: B",
             r"\boxed{B}", "green  tea", "Green tea.", "(B) green tea", "B: Green tea", ["B"],
+            "B - Green tea", "B、Green tea", "ⓑ",
             "['b']",
         )],
         ("Vitamin A", ["C"]),
@@ -122,6 +151,7 @@ def test_keys_of_open_questions(answer: object, accepted: list[str]) -> None:
         ("  ", [], "empty"),
         (None, [], "must be a text"),
         (True, OPTIONS, "must be a text"),
+        (float("nan"), [], "must be a text"),
         ({"A": 1}, [], "must be a text"),
     ],
 )

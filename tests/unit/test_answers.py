@@ -132,6 +132,29 @@ CHOICES = [
     ("(A)? No.\n\nAnswer: \\boxed{B}", VITAMINS, "B"),
     ("First \\boxed{A}, but then\n\n$$\n\\boxed{B}\n$$", VITAMINS, "B"),
     ("(D) would go too far. Hence (C).", VITAMINS, "C"),
+    ("Hmm.\n◁/think▷B", VITAMINS, "B"),
+    ("Is it (A)?[/THINK]B", VITAMINS, "B"),
+    ("<|channel|>analysis<|message|>A?<|end|><|channel|>final<|message|>B", VITAMINS, "B"),
+    ("Answer: 🅑", VITAMINS, "B"),
+    ("Answer: 🅱\ufe0f Vitamin C", VITAMINS, "B"),
+    ("Answer: ⒝", VITAMINS, "B"),
+    ("因此答案是B", VITAMINS, "B"),
+    ("维生素不同，故选B。", VITAMINS, "B"),
+    ("正确选项为 B", VITAMINS, "B"),
+    ("Answer: A rose", ["cactus", "rose"], "B"),
+    ("Answer: the fern", PLANTS, "B"),
+    ("Answer: Rose", PLANTS, "A"),
+    ("Answer: Not A, but B", VITAMINS, "B"),
+    ("Answer: B (not A)", VITAMINS, "B"),
+    # a letter that is ruled out is not chosen
+    ("The answer is not B.", VITAMINS, None),
+    ("The answer isn't (B)", VITAMINS, None),
+    ("Answer: not option B", VITAMINS, None),
+    ("Answer: B is wrong", VITAMINS, None),
+    ("Answer: neither A nor B", VITAMINS, None),
+    ("It is not (A), not (B), not (C) and not (D).", VITAMINS, None),
+    ("(B) is incorrect", VITAMINS, None),
+    ("Answer: A to C", VITAMINS, None),
     # nothing to be read
     ("Answer: **A** or **B**", VITAMINS, None),
     (r"Answer: \boxed{A} or \boxed{B}", VITAMINS, None),
@@ -154,13 +177,13 @@ def test_choices(solution: str, options: list[str], letter: str | None) -> None:
 # In each line the ways of writing one answer, the key first.
 EQUAL = [
     ["42", "42.0", "４２", "+42", "42 apples", "$42", r"42\text{ apples}", r"\frac{84}{2}", "≈ 42",
-     "4.2e1", r"4.2\times 10^{1}", "about 42"],
+     "4.2e1", r"4.2\times 10^{1}", "about 42", "approximately 42", "approx. 42", "USD 42"],
     ["1000", "1,000", "1 000", r"1\,000", "1{,}000", "1'000", "1\u202f000", "1,000.00", "1000 km",
      "10^3", "10³"],
     ["42 cm^2", "42 cm²", r"42\,\mathrm{cm}^2", r"\textcolor{red}{42}"],
     ["0.5", "1/2", r"\frac12", r"\dfrac{1}{2}", "½", ".5", "0.50", "5e-1"],
     ["1.5", "1 1/2", "1½", "3/2"],
-    ["-5", "−5", "–5", "-5.0", "－5", "-5 °C"],
+    ["-5", "−5", "–5", "-5.0", "－5", "-5 °C", "minus 5", "negative 5"],
     ["50%", r"50\%", "50 percent", "50％", "50"],
     ["42 apples", "42", "42 Apples", "**42** apples"],
     ["Paris", "PARIS", "Ｐａｒｉｓ", "𝐏𝐚𝐫𝐢𝐬", r"\text{Paris}", "“Paris”"],
@@ -170,7 +193,16 @@ EQUAL = [
     ["élan", "e\u0301lan", "&eacute;lan"],
     ["H2O", "H₂O", r"\mathrm{H_2O}", "H<sub>2</sub>O"],
     ["x^2", "x²", "x^{2}", "x<sup>2</sup>"],
-    ["90°", r"90^\circ", r"90^{\circ}", "90º"],
+    ["90°", r"90^\circ", r"90^{\circ}", "90º", "90 degrees"],
+    ["20 °C", "20°C", "20 degrees Celsius", "20 degrees C"],
+    ["5 N", r"5\ \mathrm{N}", "5.0 N", "5"],
+    ["1.6e-19 C", "1.6 × 10⁻¹⁹ C", "1.6e-19"],
+    ["2500000", "2.5 million", "2,500 thousand"],
+    ["2:3", "2 : 3", "2∶3"],
+    ["±5", r"\pm 5", "± 5"],
+    ["√2", r"\sqrt 2", r"\sqrt{2}", "sqrt(2)"],
+    ["π/2", "pi/2", r"\frac{\pi}{2}"],
+    ["Ca2+", "Ca²⁺", r"\mathrm{Ca}^{2+}"],
     ["(3, 4)", "(3,4)", r"\left( 3, 4 \right)"],
     ["y = 2x + 3", "y=2x+3", "$y = 2x + 3$"],
     ["π", r"\pi", r"$\boxed{\pi}$"],
@@ -181,8 +213,13 @@ EQUAL = [
 def test_equal_answers_are_right_and_equal_votes(forms: list[str]) -> None:
     solutions = [f"So it is.\n\nAnswer: {form}" for form in forms]
     assert [grade(solution, forms[0]) for solution in solutions] == [True] * len(forms)
-    words = [form for form in forms if not form.startswith("about")]
-    assert len({*votes([f"Answer: {form}" for form in words])} - {None}) == 1
+    assert len({*votes([f"Answer: {form}" for form in forms])} - {None}) == 1
+
+
+def test_the_number_alone_is_right_where_the_key_names_it() -> None:
+    assert grade("Answer: 5", "x = 5") is True
+    assert grade("Answer: y = 5", "x = 5") is False
+    assert grade("Answer: 4", "x = 5") is False
 
 
 @pytest.mark.parametrize(
@@ -193,7 +230,9 @@ def test_equal_answers_are_right_and_equal_votes(forms: list[str]) -> None:
         ("4.2", "42"), ("[0, 1)", "(0, 1)"), ("x^2", "x2"), ("H2O", "H2"), ("5!", "5"),
         ("< 5", "> 5"), ("0.001", "0.002"), ("~~42~~ 41", "42"),
         ("2", "2x"), ("3", "3π"), ("2", "2 sin x"), ("5 cm", "5 cm²"), ("10^3", "103"),
-        ("e^{2x}", "e^2x"),
+        ("e^{2x}", "e^2x"), (r"\sqrt{x+1}", r"\sqrt{x}+1"), ("minus 5", "5"), ("5-10", "5"),
+        ("12:30", "12"), ("2024-05-01", "5"), ("2:3", "3"), 
+        ("2.5", "2.5 million"), ("5 N", "5 A"), ("x^2+1", "x2+1"),
     ],
 )  # fmt: skip
 def test_different_answers_are_wrong_and_different_votes(answer: str, key: str) -> None:

@@ -50,6 +50,10 @@ LAYOUTS = {
         "Validation": ["Validation/part-00000-5e0f-c000.snappy.parquet"],
         "test": ["test_0.parquet", "test_1.parquet"],
     },
+    "pieces that say what they are": {
+        "train": ["train-part-1.parquet", "train_shard_00002.parquet"],
+        "validation": ["validation.chunk.0.parquet"],
+    },
     "of Hive": {"val": ["split=val/0.parquet"], "eval": ["split=eval/0.parquet"]},
     "a split's name on a subject": {
         "test": ["test/test/0000.parquet"],
