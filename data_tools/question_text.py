@@ -23,28 +23,51 @@ _SPACE, _STOP, _LINE = range(3)  # what stands between two tokens: the most of i
 
 _IMAGE_MARK = re.compile(r"<image(?:[ _]?\d+)?>")
 _HEADING = re.compile(
-    r"\[(?:question|problem)\]|问题 ?:"
-    r"|(?:(?<![^\W_])question|^[^\w\n]{0,8}(?:problem|q)) ?\d{0,3} ?[*_]{0,2}:",
+    r"\[(?:question|problem|q|问题|题目)\]|(?:问题|题目) ?:"
+    r"|(?:(?<![^\W_])question|^[^\w\n]{0,8}(?:problem|q|user|human)) ?\d{0,3} ?[*_]{0,2}:"
+    r"|^[^\w\n]{0,8}(?:problem|question|q) ?(?:\d{1,3} ?[*_]{0,2}[.)]|$)"
+    r"|\A[^\w\n]{0,8}\d{1,3}[.)、](?=\s)",
     re.I | re.M,
 )
 _OPTIONS_HEADING = re.compile(
-    r"(?:^|(?<=[?.!:;]))[^\w\n]{0,8}(?:(?:answer |the )?(?:options?|choices?)(?: are)?|选项) ?"
+    r"(?:^|(?<=[?.!:;]))[^\w\n]{0,8}(?:(?:answer |possible |the )*(?:options?|choices?|answers)(?: are)?"
+    r"|(?:choose|select) from|选项) ?"
     r"(?::|[^\w\n]{0,8}$)",
     re.I | re.M,
 )
 _LABELS = tuple(
     re.compile(pattern, re.M)
     for pattern in (
-        r"^ ?[(\[]?([A-Z])[)\].:、]",  # a line for each option
+        r"^ ?(?:[Oo]ption )?[(\[<]?([A-Z])(?:[)\].:、>]| [-|] )",  # a line for each option
+        r"(?<=\n) ?[(\[]?([a-z])[)\].:、] ",
         r"(?<!\w)[(\[]([A-Z])[)\]]",
         r"(?<![^\s,;:.?!])([A-Z])[.):、](?!\w[.)])",
     )
 )
 _BETWEEN_NAMES = re.compile(r"[\s,]*(?:,|and|or|to|&)[\s,]*")  # (A) and (B) are no options
-_INSTRUCTION = re.compile(r"^ ?(?:(?:please|directly) )*(?:answer|hint)\b[^?\n]*$", re.I | re.M)
-_BEFORE_INSTRUCTION = re.compile(r"(?<=[?.!]) (?=(?:please )?(?:directly )?answer\b)", re.I)
+_INSTRUCTION_START = (
+    r"(?:(?:please |directly )*answer\b|please (?:select|choose|reason|think|provide|put|respond)\b"
+    r"|your (?:final )?answer\b|let'?s think\b|(?:think|reason|solve)(?: it)? step by step\b"
+    r"|请[^?\n]{0,40}(?:回答|作答|选择|选出|思考))"
+)
+_INSTRUCTION = re.compile(
+    rf"^ ?(?:{_INSTRUCTION_START}[^?\n]*|hint\b[^?\n]*|(?:assistant|答案) ?:)$", re.I | re.M
+)
+_BEFORE_INSTRUCTION = re.compile(rf"(?<=[?.!]) ?(?={_INSTRUCTION_START})", re.I)
 
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_TAG = re.compile(
+    r"</?(?:(?-i:[biu])|em|strong|span|(question|problem|(?-i:p)|br|div|li|ul|ol|table|tr|td)) ?/?>"
+    r"|(<\|[^<>|]{1,40}\|>)",
+    re.I,
+)
+_NEGATED = re.compile(r"\\not\s?(=|\\in(?![a-z]))")
+_AFTER_DIGIT = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])")
+# Braces that hold together what LaTeX shows in one place.
+_FONT = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|bb|cal)?\s?\{([^{}]*)\}")
+_GROUP = re.compile(r"(\\sqrt|\^)\s?\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s?\{([^{}]*)\}\s?\{([^{}]*)\}")
+_ONE_FACTOR = re.compile(r"\s*-?(?:[\d.]+|[^\W\d_]+|\\[A-Za-z]+)\s*")
+_MAX_NESTED = 4
 _COMMAND = re.compile(r"\\([A-Za-z]+|\W)")
 _FORMATTING = frozenset(
     "left right big Big bigg Bigg text textbf textit mathrm mathbf mathit mathsf mathbb mathcal "
@@ -60,12 +83,15 @@ _COMMANDS = {
             "≥ ge geq geqslant",
             "≠ ne neq",
             "→ to rightarrow longrightarrow",
+            "⇒ Rightarrow implies",
+            "⇔ Leftrightarrow iff",
             "° circ degree",
             "| mid vert |",
             *"/ div,± pm,∓ mp,< lt,> gt,√ sqrt,∞ infty,≈ approx,≡ equiv,∑ sum,∏ prod,∫ int".split(
                 ","
             ),
             *"∠ angle,⊥ perp,∥ parallel,∂ partial,∇ nabla,∪ cup,∩ cap,∈ in,% %,λ lambda".split(","),
+            *"∉ notin,≅ cong,∼ sim,← leftarrow,⇌ rightleftharpoons,⊂ subset,∝ propto".split(","),
         ),
     )
     for name in names
@@ -83,6 +109,8 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("’‘′`", "'"),
         **dict.fromkeys("“”„«»", '"'),
         **dict.fromkeys("。．", "."),
+        **dict.fromkeys("【〔〖", "["),
+        **dict.fromkeys("】〕〗", "]"),
         **dict.fromkeys("$_{}~", ""),
     }
 )
@@ -97,6 +125,7 @@ _REWRITES = tuple(
         (r"!=|<>", "≠"),
         (r"\+/?-", "±"),
         (r"-+>", "→"),
+        (r"=+>", "⇒"),
         (r"\*{2,}", " "),
         (r"^[-*•●▪■►] ", ""),  # of a list
         (r"(?<=[\w)\]])\*(?=[\w(\[√-])| \* ", "⋅"),
@@ -112,7 +141,10 @@ _REWRITES = tuple(
     )
 )
 _NO_SPACES = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts with no spaces between words
-_TOKEN = re.compile(rf"\d+(?:\.\d+)?|[{_NO_SPACES}]|[^\W\d_{_NO_SPACES}]+|[^\w\s]|\n")
+_GREEK = r"\u0391-\u03c9"  # a letter is a symbol, and stands before another without a space
+_TOKEN = re.compile(
+    rf"\d+(?:\.\d+)?|[{_NO_SPACES}{_GREEK}]|[^\W\d_{_NO_SPACES}{_GREEK}]+|[^\w\s]|\n"
+)
 _SIGNS = frozenset("-/⋅%&^()[]¡′")
 _SYMBOLS = ("Sm", "So", "Sc")  # Unicode's categories of +, <, ←, □ and €
 _STOPS = frozenset('.?!;:"')
@@ -180,11 +212,14 @@ def _options_start(text: str) -> int:
     for style in _LABELS:
         labels = list(style.finditer(text))
         for i, (a, b) in reversed([*enumerate(pairwise(labels))]):
-            if a[1] + b[1] != "AB":
+            if a[1] + b[1] not in ("AB", "ab"):
+                continue
+            # Small letters may also be the parts of a problem.
+            if a[1] == "a" and text[: a.start()].rstrip()[-1:] not in ("?", ":"):
                 continue
             # In the midst of a sentence only a longer list is one of options.
             inside = text[max(a.start() - 2, 0) : a.start()].rstrip(" ")[-1:].isalnum()
-            longer = i + 2 < len(labels) and labels[i + 2][1] == "C"
+            longer = i + 2 < len(labels) and labels[i + 2][1] in "Cc"
             names = _BETWEEN_NAMES.fullmatch(text, a.end(), b.start())
             if not inside or (longer and not names):
                 first = min(first, a.start())
@@ -198,12 +233,24 @@ def _options_start(text: str) -> int:
 def _plain(text: str) -> str:
     """A text with one character for each sign; lines, case and punctuation stay."""
     text = _IMAGE_MARK.sub(" ", html.unescape(text.partition(SOLUTION_MARK)[0]))
-    text = _COMMAND.sub(_command, _FRACTION.sub(r"\1/\2", text)).replace("{", "").replace("}", "")
+    text = _TAG.sub(lambda tag: "\n" if tag[1] or tag[2] else "", _AFTER_DIGIT.sub(" ", text))
+    text = _NEGATED.sub(lambda sign: "≠" if sign[1] == "=" else "∉", text)
+    for _ in range(_MAX_NESTED):
+        before, text = text, _FONT.sub(r"\1", text)
+        text = _GROUP.sub(lambda found: found[1] + _grouped(found[2]), text)
+        text = _FRACTION.sub(lambda found: f" {_grouped(found[1])}/{_grouped(found[2])}", text)
+        if text == before:
+            break
+    text = _COMMAND.sub(_command, text).replace("{", "").replace("}", "")
     text = _DEGREES.sub(" degrees ", _SUPERSCRIPTS.sub(r"^\g<0>", text))
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS).strip()
     for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
     return text
+
+
+def _grouped(part: str) -> str:
+    return part if _ONE_FACTOR.fullmatch(part) else f"({part})"
 
 
 def _command(match: re.Match) -> str:
