@@ -16,7 +16,12 @@ from data_tools.dataset_files import read_rows
 from data_tools.record_files import RecordWriter, image_prefix, with_prefix
 from dreamprm_dist.data.images import decode_image
 from dreamprm_dist.data.json_records import read_json_records
-from dreamprm_dist.data.schema import parse_meta_record, parse_test_record, require_object
+from dreamprm_dist.data.schema import (
+    is_unicode,
+    parse_meta_record,
+    parse_test_record,
+    require_object,
+)
 from dreamprm_dist.errors import RecordError
 from dreamprm_dist.evaluation.answer_keys import UNKNOWN, normal_key, parse_options
 from dreamprm_dist.evaluation.choices import LETTERS
@@ -211,6 +216,8 @@ def _is_right(candidate: dict, question: dict, flaw: RecordError | None) -> bool
     response = candidate.get("response")
     if not isinstance(response, str):
         raise RecordError("'response' must be a text.")
+    if not is_unicode(response):
+        raise RecordError("'response' holds half a surrogate pair; write it as valid Unicode.")
     given = candidate.get("true_false")
     if isinstance(given, bool):
         return given

@@ -30,7 +30,8 @@ _HEADING = re.compile(
     re.I | re.M,
 )
 _OPTIONS_HEADING = re.compile(
-    r"(?:^|(?<=[?.!:;]))[^\w\n]{0,8}(?:(?:answer |possible |the )*(?:options?|choices?|answers)(?: are)?"
+    r"(?:^|(?<=[?.!:;]))[^\w\n]{0,8}"
+    r"(?:(?:answer |possible |the )*(?:options?|choices?|answers)(?: are)?"
     r"|(?:choose|select) from|选项) ?"
     r"(?::|[^\w\n]{0,8}$)",
     re.I | re.M,

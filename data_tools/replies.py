@@ -6,6 +6,8 @@ import json
 
 from dreamprm_dist.errors import InputError
 
+_TEXT_PARTS = ("text", "output_text")
+
 
 class ErrorReply(InputError):
     """An error that the server sent as if all were well."""
@@ -27,11 +29,12 @@ def read_reply(text: str, max_tokens: int) -> dict:
     """
     try:
         reply = json.loads(text)
-        if error := reply.get("error"):
-            what = error.get("message", error) if isinstance(error, dict) else error
-            raise ErrorReply(f"the server says: {what}")
+        _refuse_error(reply if reply.get("object") == "error" else reply.get("error"))
         choices, usage = reply["choices"], reply.get("usage") or {}
         choice = choices[0] if choices else {}
+        _refuse_error(choice.get("error"))
+        if "message" not in choice and choice.keys() & {"text", "delta"}:
+            raise InputError("the answer is no chat completion, but one of another kind")
         message = choice.get("message") or {}
         response = _joined(message.get("content"))
         answer = {
@@ -56,10 +59,17 @@ def read_reply(text: str, max_tokens: int) -> dict:
     return answer
 
 
+def _refuse_error(error: object) -> None:
+    if error:
+        what = error.get("message", error) if isinstance(error, dict) else error
+        raise ErrorReply(f"the server says: {what}")
+
+
 def _joined(content: str | list[dict] | None) -> str:
     """The text of a message, which some servers cut into parts."""
     if isinstance(content, list):
-        return "".join(part["text"] for part in content if part.get("type") == "text")
+        texts = (part for part in content if part.get("type", "text") in _TEXT_PARTS)
+        return "".join(part["text"] or "" for part in texts)
     return "" + (content or "")  # a TypeError for what is no text
 
 

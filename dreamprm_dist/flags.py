@@ -195,16 +195,19 @@ def _recipe_flags(file: Path, known: Mapping[str, argparse.Action]) -> list[str]
         return []
     if not isinstance(recipe, yaml.MappingNode):
         raise InputError(f"recipe {file} must hold `flag: value` lines")
+    allowed = known.keys() - {"config", "help", "h"}
     flags: list[str] = []
     lines: dict[str, int] = {}
     for key, node in recipe.value:
         line, name = key.start_mark.line + 1, str(key.value)
         where = f"recipe {file}, line {line}"
-        if name not in known or name in ("config", "help"):
-            raise InputError(f"{where}: {_unknown(name, known)}")
+        if name not in allowed:
+            raise InputError(f"{where}: {_unknown(name, allowed)}")
         if (before := lines.setdefault(known[name].dest, line)) != line:
             raise InputError(f"{where}: {name} is given on line {before} too; remove one of them")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not items:
+            raise InputError(f"{where}: {name} has an empty list; leave it out for the default")
         if not all(isinstance(item, yaml.ScalarNode) for item in items):
             raise InputError(f"{where}: {name} must be a value or a list of values")
         if node is not items[0]:

@@ -201,7 +201,7 @@ def parse_scoring_record(record: object) -> tuple[str, list[str], list[str | lis
     for i, solution in enumerate(solutions):
         key = "steps" if "steps" in record else f"candidates[{i}]"
         if isinstance(solution, list):
-            texts.append([_text(step, key) for step in solution])
+            texts.append([_any_text(step, key) for step in solution])
         else:
             texts.append(_solution(solution, key))
     return question, _parse_images(record.get("image_path"), "image_path"), texts
@@ -334,21 +334,34 @@ def _optional_text(record: dict, key: str) -> str:
 
 
 def _solution(value: object, what: str) -> str:
-    """A solution's text; null, as servers say of a reply without text, is an empty one."""
-    return "" if value is None else _text(value, what)
+    """A solution's text; null, as servers say of a reply without text, is an empty one.
+
+    Half a surrogate pair, as a reply that was cut within a character ends with, stays: it costs
+    this solution's score, and not the question.
+    """
+    return "" if value is None else _any_text(value, what)
 
 
 def _text(value: object, what: str) -> str:
+    text = _any_text(value, what)
+    if not is_unicode(text):
+        raise RecordError(f"{what} holds half a surrogate pair; write it as valid Unicode.")
+    return text
+
+
+def _any_text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{what} must be text, not {_shown(value)}.")
-    # JSON can spell half of a surrogate pair; such text can be neither stored nor tokenized.
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecordError(
-            f"{what} holds half a surrogate pair; write it as valid Unicode."
-        ) from error
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be stored and tokenized: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.schema import SOLUTION_MARK, Turn, question_turn
+from dreamprm_dist.data.schema import SOLUTION_MARK, Turn, is_unicode, question_turn
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import aggregate_candidates, select
 from dreamprm_dist.losses import ScoreOver, step_scores
@@ -193,6 +193,8 @@ class Scorer:
 
         if not any(turn["from"] == "gpt" for turn in turns):
             return RecordError("there is no step to score: the text is empty")
+        if not all(is_unicode(turn["value"] or "") for turn in turns):
+            return RecordError("the text holds half a surrogate pair; write it as valid Unicode")
         most = self.module.max_length
         conversation = encode(turns)
         if (length := len(conversation.input_ids)) <= most:

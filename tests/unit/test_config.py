@@ -117,6 +117,9 @@ def test_the_saved_configuration_starts_the_same_run(tmp_path: Path):
         ("retrain: perhaps", "Truthy value expected: got perhaps"),
         ("on: 1", "unknown flag 'on'"),
         ("<<: {lr: 1}", "unknown flag '<<'"),
+        ("lr: []", "line 1: lr has an empty list"),
+        ("config: x.yaml", "unknown flag 'config'; the nearest valid one is '(?!config)"),
+        ("help: true", "unknown flag 'help'; the nearest valid one is '(?!help)"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path: Path, recipe: str, message: str):

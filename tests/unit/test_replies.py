@@ -22,6 +22,8 @@ def read(message: object, reason: object = "stop", **more: object) -> dict:
         ("<think>never ended", "<think>never ended"),
         ([{"type": "text", "text": "Answer"}, {"type": "text", "text": ": B"}], "Answer: B"),
         ([{"type": "thinking", "thinking": []}, {"type": "text", "text": "B"}], "B"),
+        ([{"type": "output_text", "text": "B"}], "B"),
+        ([{"text": "B"}, {"type": "text", "text": None}], "B"),
     ],
 )
 @pytest.mark.parametrize("reason", ["stop", "length", None])
@@ -88,8 +90,23 @@ def test_an_error_that_came_as_a_reply_is_said(error: object, said: str):
 
 
 @pytest.mark.parametrize(
+    "reply",
+    [
+        {"object": "error", "message": "too long", "code": 400},
+        {"choices": [{"message": {"content": ""}, "error": {"message": "too long"}}]},
+        {"choices": [{"finish_reason": "error", "error": "too long"}]},
+    ],
+)
+def test_errors_in_other_places_are_said(reply: dict):
+    with pytest.raises(ErrorReply, match="the server says: too long"):
+        read_reply(json.dumps(reply), 64)
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        '{"choices": [{"text": "Answer: B"}]}',  # the other kinds of completions
+        '{"choices": [{"delta": {"content": "B"}}]}',
         *("", "<html>", "[]", "null", '"text"', "{}", '{"error": null}', "[" * 100_000),
         *('{"choices": "abc"}', '{"choices": [null]}', '{"choices": [{"message": "text"}]}'),
         *('{"choices": [{"message": {"content": 1}}]}', '{"choices": {"a": 1}}'),

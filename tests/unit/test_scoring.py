@@ -181,6 +181,7 @@ BAD = {
     "white space": ([" ", "\n\t", "\u3000"], "no step to score"),
     "one endless step": (["long " * 9999], "tokens are more than the model's context of 4096"),
     "endless steps": (["long "] * 9999, "tokens are more than the model's context of 4096"),
+    "half a character": (["One.", "Two \ud800"], "half a surrogate pair"),
     "endless image marks": (["<IMG_CONTEXT>" * 9999], "are more than the model's context"),
 }
 

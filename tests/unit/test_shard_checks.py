@@ -2,6 +2,7 @@
 
 import json
 import logging
+import lzma
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,9 @@ def test_records_of_another_kind_name_the_command_that_converts_them(
         ("a.png", "is PNG; give a JSON list"),
         ("pointer.jsonl", "is a Git LFS pointer .*git lfs pull"),
         ("page.jsonl", "is an HTML page; give"),
+        ("out.xz", "is an xz file; give a JSON list"),
+        ("out.zst", "is a Zstandard file; give"),
+        ("wide.json", "is a text in UTF-16; give"),
         ("done/train", r"is a shard folder already; give it to launch/train\.py"),
     ],
 )
@@ -209,6 +213,9 @@ def test_what_is_no_json_is_told_by_what_it_is(tmp_path: Path, name: str, messag
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
     (tmp_path / "page.jsonl").write_text("<!DOCTYPE html><html>Not found</html>")
+    (tmp_path / "out.xz").write_bytes(lzma.compress(source.read_bytes()))
+    (tmp_path / "out.zst").write_bytes(b"\x28\xb5\x2f\xfd\x24")
+    (tmp_path / "wide.json").write_text(source.read_text(), encoding="utf-16")
     main(["--train", str(source), "--out", str(tmp_path / "done")])
     with pytest.raises(InputError, match=message):
         sharded(tmp_path, "--train", tmp_path / name)
