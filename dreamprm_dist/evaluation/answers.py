@@ -15,7 +15,7 @@ from dreamprm_dist.prm.solutions import REASONING_MARKER
 
 _ANSWER = re.compile(
     r"^[^\w\n]*(?:\d{1,3}[.)] ?)?(?:(?:the|my|final|correct|best)[ _])*(?:ans(?:wer)?|答案)(?: is)?"
-    r"[^\w\n:]*(?::|$)|\"(?:final[ _])?answer\" ?:",
+    r"[^\w\n:]*(?::|$|(?<=[)\]]))|\"(?:final[ _])?answer\" ?:",
     re.IGNORECASE | re.MULTILINE,
 )
 _CONTENT = re.compile(r"[^\s\-_=*#|.:,;!?\"'()\[\]{}\x02\x03]")
@@ -66,11 +66,12 @@ _WORDS = tuple(
         (r"(?<![^\W\d])pi(?![^\W\d])", "π"),
         (r"(?<![^\W\d])sqrt(?=\W)", "√"),
         (r"√\((\w+)\)", r"√\1"),
+        (r"(?<=\d)(?: | ?[·*×] ?)(?=π)", ""),
         (r"\^\(?(\d?[+-])\)?(?!\w)", r"\1"),  # the charge of an ion
     )
 )
 # `The fox` is `fox`, but `A` before a capital may be the label of an option.
-_ARTICLE = re.compile(r"(?:[Tt]he|THE|[Aa]n|a|A(?= [a-z])) (?=[^\W\d_]{2})")
+_ARTICLE = re.compile(r"^(?:[Tt]he|THE|[Aa]n|a|A(?= [a-z])) (?=[^\W\d_]{2})")
 _UNWRITTEN = dict.fromkeys(map(ord, "≈€£¥₹"))  # the dollar is gone with LaTeX
 
 
@@ -176,7 +177,7 @@ def value(text: str) -> Value:
     if not _CONTENT.search(text):
         return Value("")
     text = " ".join(unwrap(text).translate(_UNWRITTEN).split())
-    written, text = text, _read_words(_ARTICLE.sub("", text, count=1).casefold())
+    written, text = text, _read_words(_ARTICLE.sub("", text).casefold())
     if (number := _number(text)) is not None:
         return Value("", number)
     unit = _WITH_UNIT.fullmatch(text)

@@ -20,13 +20,15 @@ _LABEL = re.compile(
 )
 _STATED = re.compile(
     r"(?:(?i:\b(?:answer|option|choice)(?:\s+(?:is|would\s+be))?\s*:?\s*(?:option\s+)?)"
-    r"|(?:答案|选项?)\s*[是为]?\s*:?\s*)"
+    r"|(?:答案|选[项择]?)\s*[是为]?\s*:?\s*(?!.\s?[和或与及]))"
     r"[(\[<\"']?([A-Z])(?![a-zA-Z0-9_'])(?!(?<=[AI])\s+(?:[A-Z]\w|\d))"
 )
+_SAYS_ANSWER = re.compile(r"\b(?:answer|option|choice) is\b", re.IGNORECASE)
 # Letters that are named to be ruled out: `not B`, `neither A nor B`, `(B) is wrong`.
 _OPTION = r"(?:option\s+)?(?:[(\[<][A-Z][)\]>]|[A-Z](?![\w'+-]))"
 _DENIED = re.compile(
-    rf"(?:(?i:\bnot|n't|\bneither|\bnor)\s+{_OPTION}|(?<![\w(\[<]){_OPTION}\s+(?:is|are)\s+"
+    rf"(?:(?i:\b(?:neither|none\s+of)\s+){_OPTION}(?:(?:,?\s(?:and|or|nor)|,)\s{_OPTION})*"
+    rf"|(?i:\bnot|n't|\bnor)\s+{_OPTION}|(?<![\w(\[<]){_OPTION}\s+(?:is|are)\s+"
     r"(?:not|wrong|incorrect|false|ruled\s+out)\b)"
 )
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
@@ -34,7 +36,7 @@ _IN_ANY_BRACKETS = re.compile(r"[(\[<]([A-Z])[)\]>]")
 _ALONE = re.compile(rf"(?<!\S)[\"']?([A-Z])(?=[.,;:!?\"']*(?:\s|$)){_NO_WORD}")
 # What names another option after a label: `A or B`, `A, no B`, `(A) (B)`; not `B. C is too big`.
 _RIVAL = re.compile(
-    r"[\s,;/&+]*(?:(?:or|and|no|nor|but|maybe|perhaps|wait|actually|rather|both|either|option)"
+    r"[\s,;/&+(\[]*(?:(?:or|and|no|nor|but|maybe|perhaps|wait|actually|rather|both|either|option)"
     rf"[\s,]+)*[(\[<]?([A-Z])(?![\w'])(?![)\]>]?\s+(?:is|was|has|does|can)\b){_NO_WORD}"
 )
 _RIVAL_IN_BRACKETS = re.compile(r"(?i:\b(?:or|and)\s+(?:option\s+)?)[(\[<]([A-Z])[)\]>]")
@@ -51,7 +53,9 @@ def parse_choice(solution: str, options: Sequence[str]) -> str | None:
     last = text.rpartition("\n")[2]
     for line in (last, tail(last)):
         letter = only_letter(line, letters)
-        if letter and (stated or letter in line or line == text):
+        if not letter or (line != last and {*_ALONE.findall(last)} & {*letters} - {letter}):
+            continue
+        if stated or letter in line or line == text or _SAYS_ANSWER.search(last):
             return letter
     if letter := _option_with_text(text, texts):
         return letter

@@ -12,15 +12,18 @@ The rules are those of MMMU's own evaluation (Yue et al., arXiv:2311.16502) and 
 - letters inside of an option's text are not looked at, and the label before a text rules over
   letters in it: `B. Vitamin C`, `B - point A` and `(B) Plan C` are B;
 - `the answer is B`, a last line that is only a letter and, after `Answer:`, a small letter count;
-- the article "A" and the pronoun "I" are no options, and an empty option is never found;
+- a letter that is ruled out (`not B`, `neither A nor B`, `(B) is wrong`) is not chosen;
+- the article "A" and the pronoun "I" are no options, and an empty option is never found; an article
+  before an answer does not count (`the fern` is `fern`);
 - texts are found as whole words: neither `10` in `100` nor `red` in `colored`, and what follows
   the `is` of `Paris` is no answer;
 - equal numbers are equal however they are written (`1/2`, `0.5`, `\\frac12`; `1 000`, `10^3`), but
   `1,5` is not 15; numbers below 0.005, which all round to 0.00, are compared to two digits; `5kg`
-  is the number 5 and `CO2` is none; nan and inf are words;
+  is the number 5 and `CO2` is none; nan and inf are words; `2.5 million` is 2,500,000, `minus 5` is
+  -5, and the parts of `5-10`, `12:30` and `2024-05-01` are no numbers;
 - a unit may be left out: `42` is right where the key is `42 apples`, but `2` not for `2x`;
-- an answer that is the key as a whole is right (`y = 2x` for `y = 2x`), and a last paragraph of a
-  few words is an answer to an open question.
+- an answer that is the key as a whole is right (`y = 2x`, or `5` for `x = 5`), and a last paragraph
+  of a few words is an answer to an open question.
 """
 
 from collections.abc import Sequence

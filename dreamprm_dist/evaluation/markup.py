@@ -39,7 +39,10 @@ _THOUGHT_END = re.compile(
 )
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z]\w{1,30});", re.IGNORECASE)
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]{1,40}\|>")
-_ANSWER_TAG = re.compile(r"<(/?)(?:final[ _-]?)?answer(?:\s[^<>]{0,99})?>", re.IGNORECASE)
+_ANSWER_TAG = re.compile(
+    r"<(/?)(?:final[ _-]?)?answer(?:\s[^<>]{0,99})?>|\[(/?)(?:final[ _-]?)?answer\](?!\s?:)",
+    re.IGNORECASE,
+)
 _BREAK_TAG = re.compile(r"</?(?:br|p|div|li|ul|ol|tr|h[1-6])(?:\s[^<>]{0,99})?/?>", re.IGNORECASE)
 # `<b>` is a tag before a text or where `</b>` follows; else a letter in brackets.
 _TAG = re.compile(
@@ -63,13 +66,17 @@ _MARKS = re.compile(
     r"|(?<![^\W_])_+|_+(?![^\W_])|_(?=\d)"
 )
 
+# What is left of LaTeX in JSON that did not double its backslashes.
+_LOST_ESCAPE = re.compile("\x08(?=oxed)|\x0c(?=rac)|\t(?=ext(?:bf|it|rm)?\\{|imes )")
+_LOST_ESCAPES = {"\x08": "\\b", "\x0c": "\\f", "\t": "\\t"}
+_NO_ESCAPE = re.compile(r"(?<![\\\w])boxed(?=\{)")
 _DOUBLE_ESCAPE = re.compile(r"\\(?=\\(?:boxed|text|math|[dt]?frac)\w*\{)")
 _EMPHASISED_LATEX = re.compile(r"\\(?:textbf|textit|emph|underline)\s?\{([A-Za-z])\}")
 _DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,!;:]|\{,\})(?=\d{3})")
 _SPACING = re.compile(r"\\(?:[,;:!> ]|q?quad(?![A-Za-z]))|~")
 _FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)?|math(?:bf|rm|it|sf|tt|bb|cal|normal)|bm|boldsymbol"
-    r"|[mhf]box|operatorname\*?|emph|underline|(?:display|text)style|left|right|[bB]igg?[lr]?"
+    r"|[mhf]box|ce|operatorname\*?|emph|underline|(?:display|text)style|left|right|[bB]igg?[lr]?"
     r")(?![A-Za-z])|\\(?:begin|end|(?:text)?color(?:box)?)\{[^{}\n]{0,30}\}|\\[()\[\]]"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}\s?\{([^{}]*)\}|(\d)\s?(\d))")
@@ -78,11 +85,11 @@ _POWER = re.compile(r"\^\{([^{}]*)\}")
 _ONE_FACTOR = re.compile(r"-?(?:[\d.]+|\w)|\\[A-Za-z]+")
 _ONE_TERM = re.compile(r"-?[\w.,]+|\\[A-Za-z]+")
 _BOX_OR_BRACE = re.compile(r"\\boxed\s?\{|\\?[{}]|\\boxed\s?([^\s{}\\])")
-_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_COMMAND = re.compile(r"\\(?!boxed(?![A-Za-z]))([A-Za-z]+)")
 _COMMANDS = {
     "times": "×", "cdot": "·", "div": "÷", "pm": "±", "circ": "°", "degree": "°", "infty": "∞",
     "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "approx": "≈",
-    "sqrt": "√", "to": "→", "rightarrow": "→",
+    "lt": "<", "gt": ">", "sqrt": "√", "to": "→", "rightarrow": "→",
 }  # fmt: skip
 
 
@@ -93,6 +100,7 @@ def plain(text: str) -> str:
     is struck out and the thoughts before a `</think>` are gone; `<answer>` starts a line `Answer:`.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _LOST_ESCAPE.sub(lambda found: _LOST_ESCAPES[found[0]], text)
     if (answer := _THOUGHT_END.split(text)[-1]).strip():
         text = answer
     text = _without_latex(_without_markdown(_without_html(_plain_characters(text))))
@@ -127,7 +135,7 @@ def _plain_character(character: str) -> str:
 def _without_html(text: str) -> str:
     text = _ENTITY.sub(lambda entity: _plain_characters(html.unescape(entity[0])), text)
     text = _SPECIAL_TOKEN.sub("", text)
-    text = _ANSWER_TAG.sub(lambda tag: "\n" if tag[1] else "\nAnswer: ", text)
+    text = _ANSWER_TAG.sub(lambda tag: "\n" if tag[1] or tag[2] else "\nAnswer: ", text)
     text = _BREAK_TAG.sub("\n", text)
     text = text.replace("<sup>", "^").replace("</sup>", "")
     text = text.replace("<sub>", "").replace("</sub>", "")
@@ -141,14 +149,15 @@ def _without_markdown(text: str) -> str:
 
 
 def _without_latex(text: str) -> str:
-    text = _DOUBLE_ESCAPE.sub("", text)
+    text = _NO_ESCAPE.sub(r"\\boxed", _DOUBLE_ESCAPE.sub("", text))
     text = text.replace("\\\\", "\n").replace("\\%", "%").replace("\\$", "").replace("$", "")
     text = _EMPHASISED_LATEX.sub(r"(\1)", _DIGIT_SPACE.sub("", text))
     text = _FONT.sub("", _SPACING.sub(" ", text))
     text = _FRACTION.sub(_fraction, text)
     text = _ROOT.sub(lambda root: f"√{_grouped(root[1], _ONE_FACTOR)}", text)
     text = _POWER.sub(lambda power: f"^{_grouped(power[1], _ONE_FACTOR)}", text)
-    text = _COMMAND.sub(_command, _boxes_marked(text))
+    # Braces end a command's name: \mu{C}.
+    text = _boxes_marked(_COMMAND.sub(_command, text))
     return text.replace("^°", "°").replace("\\", "")
 
 
