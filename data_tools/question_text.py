@@ -48,6 +48,7 @@ _LABELS = tuple(
 _BETWEEN_NAMES = re.compile(r"[\s,]*(?:,|and|or|to|&)[\s,]*")  # (A) and (B) are no options
 _INSTRUCTION_START = (
     r"(?:(?:please |directly )*answer\b|please (?:select|choose|reason|think|provide|put|respond)\b"
+    r"[^?\n]{0,80}\b(?:answers?|options?|choices?|letter|correct|step)\b"
     r"|your (?:final )?answer\b|let'?s think\b|(?:think|reason|solve)(?: it)? step by step\b"
     r"|请[^?\n]{0,40}(?:回答|作答|选择|选出|思考))"
 )

@@ -55,7 +55,6 @@ FORMATS = (
     "\nOption A: {}\nOption B: {}\nOption C: {}\nOption D: {}",
     "\n<A> {}\n<B> {}\n<C> {}\n<D> {}",
     "\nA | {}\nB | {}\nC | {}\nD | {}",
-    "\na) {}\nb) {}\nc) {}\nd) {}",
     "\nPossible answers:\n{}\n{}\n{}\n{}",
     "\nChoose from: {}; {}; {}; {}",
 )
@@ -119,6 +118,8 @@ def test_formulas_that_differ_in_one_sign_are_different_questions(terms, rng, te
     ("one", "other"),
     [
         ("Find 3 − 4.", "find 3-4"),
+        ("Which organ is it?\na) liver\nb) heart", "Which organ is it?"),
+        ("The organ is:\n(a) liver\n(b) heart", "The organ is"),
         ("Find Δx.", r"Find $\Delta x$."),
         ("Is A∉B?", r"Is $A \not\in B$?"),
         ("Is x ≠ 5?", r"Is x \not= 5?"),
@@ -159,6 +160,7 @@ def test_forms_of_one_question(one, other):
         ("Find e^{x+1}.", "Find e^x+1."),
         ("Is A ∈ B?", r"Is A \notin B?"),
         ("Is p ⇒ q?", "Is p → q?"),
+        ("See the circle. Please provide its area.", "See the circle."),
         ("Find f(x).", "Find f'(x)."),
         ("Find 2(x + 1).", "Find 2x + 1."),
         ("Find x^2.", "Find x_2."),
@@ -239,3 +241,7 @@ def test_hostile_texts_take_no_longer_than_others(text):
 @pytest.mark.parametrize("options", [" (A) old (B) new (C) odd", " A. old B. new C. odd"])
 def test_options_may_end_the_sentence_that_the_question_begins(options):
     assert question_tokens(f"The style of this is{options}") == "the style of this is".split()
+
+
+def test_the_parts_of_a_problem_are_no_options():
+    assert question_tokens("See it.\n(a) Find x.\n(b) Find y.")[-2:] == ["find", "y"]
