@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import signal
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
@@ -137,12 +139,25 @@ class CandidateRequests:
         self.failed: list[tuple[CandidateRequest, str]] = []
         self._failures_in_a_row = 0
 
-    async def ask_all(self, requests: list[CandidateRequest], concurrency: int) -> None:
+    def ask_all(self, requests: list[CandidateRequest], concurrency: int) -> None:
         """Ask for what the journal lacks.
 
         Raises:
             InputError: the server is down, or refuses whatever it is asked.
+            KeyboardInterrupt: after Ctrl-C, of which only the main thread hears.
         """
+        try:
+            asyncio.run(self._ask_all(requests, concurrency))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    async def _ask_all(self, requests: list[CandidateRequest], concurrency: int) -> None:
+        this = asyncio.current_task()
+        assert this is not None
+        # Between two steps of the loop: asyncio's own handler cancels in the midst of one, which
+        # then may fail.
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, this.cancel)
         missing = [request for request in requests if request.key not in self.journal.rows]
         todo = iter(missing)
         done = len(requests) - len(missing)

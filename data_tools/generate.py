@@ -11,7 +11,6 @@ command again asks for the others.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 from contextlib import closing
@@ -84,7 +83,7 @@ def generate_file(
     with closing(Journal(partial, keys, asdict(sampling))) as journal:
         client = connect(base_url, timeout, retries)
         asked = CandidateRequests(client, sampling, root, journal)
-        asyncio.run(asked.ask_all(requests, concurrency))
+        asked.ask_all(requests, concurrency)
         if asked.failed and not allow_missing:
             raise InputError(
                 f"{len(asked.failed)} of {len(requests)} candidates did not come, the first "

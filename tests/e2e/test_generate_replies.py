@@ -52,7 +52,7 @@ def test_an_empty_reply_is_not_asked_for_again(server, command, tmp_path):
 
     server.misbehave = misbehave
     with pytest.raises(InputError, match="3 of 18 candidates did not come"):
-        main([*command, "--retries", "0"])
+        main([*command, "--retries", "1"])
     server.misbehave = lambda body, number: None
     before = len(server.requests)
     main(command)

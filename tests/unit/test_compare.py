@@ -286,7 +286,7 @@ def test_answers_of_multiple_choice_are_letters(tmp_path) -> None:
     assert question.answers == ["B", "B", "B", None]
     file.write_text(json.dumps(record) + "\n")
     (question,) = read_test_questions(str(file))
-    assert question.answers == ["B", "(b) a whale", "a whale", "(a) or (b)"]
+    assert question.answers == ["B", "(b) a whale", "whale", "(a) or (b)"]
 
 
 def test_renaming_images_changes_nothing() -> None:
