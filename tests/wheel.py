@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INPUTS = """
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import data_tools
 import dreamprm_dist
@@ -28,8 +29,8 @@ from data_tools.demo_model import data_texts, make_tiny_model
 for package in (data_tools, dreamprm_dist):
     assert package.__file__.startswith(sys.prefix), package.__file__
 assert dreamprm_dist.__version__ == version("dreamprm_dist")
-make_demo_data("data", num_train=16, num_meta=16, num_test=4)
-make_tiny_model("model", data_texts("data"))
+make_demo_data(Path("data"), num_train=16, num_meta=16, num_test=4)
+make_tiny_model(Path("model"), data_texts(Path("data")))
 """
 SHARD = ("-m", "data_tools.shard", "--train", "data/train.json", "--meta", "data/meta.json")
 CPU = ("--precision", "fp32", "--device", "cpu")
