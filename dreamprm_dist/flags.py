@@ -83,8 +83,11 @@ class FlagGroup:
         hints = get_type_hints(type(self), include_extras=True)
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            bounds = [*getattr(hints[name], "__metadata__", ()), Bounds()][0]
-            literals = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
+            hint = hints[name]
+            if type(None) in get_args(hint):  # of `kind | None` the kind
+                hint = get_args(hint)[0]
+            bounds = [*getattr(hint, "__metadata__", ()), Bounds()][0]
+            literals = get_args(hint) if get_origin(hint) is Literal else [value]
             choices = field.metadata.get("choices", literals)
             if isinstance(value, str) and (instead := self.removed.get(name, {}).get(value)):
                 raise InputError(f"{name} {value} is no longer there; {instead}")

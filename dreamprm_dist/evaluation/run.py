@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> str:
         [config.test_json_file, config.meta_json_file, *models.values(), *of_runs],
         into=out,
     )
-    test = list(islice(read_test_questions(config.test_json_file), config.limit or None))
+    test = list(islice(read_test_questions(config.test_json_file), config.limit))
     meta = []
     if config.meta_json_file:
         meta = read_meta_questions(config.meta_json_file, _root(config, config.meta_json_file))

@@ -73,7 +73,7 @@ def score_file(config: ScoreConfig) -> str:
 
 
 def _records(config: ScoreConfig) -> Iterator[tuple[int, dict | RecordError]]:
-    return islice(read_json_records(config.input), config.limit or None)
+    return islice(read_json_records(config.input), config.limit)
 
 
 def _plan(config: ScoreConfig) -> str:

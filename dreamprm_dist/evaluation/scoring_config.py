@@ -12,7 +12,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
-from dreamprm_dist.flags import AtLeastOne, Count, FlagGroup, flag
+from dreamprm_dist.flags import AtLeastOne, FlagGroup, flag
 from dreamprm_dist.prm.model_folder import EXPORT, resolve_model
 
 # Ranks finish at different times, for images have different sizes; less would end long work at its
@@ -76,7 +76,7 @@ class ScoringConfig(FlagGroup):
 class FileScoringConfig(ScoringConfig):
     """Flags of the commands that score a file of questions."""
 
-    limit: Count = flag(0, "Only the first N records of the file; 0: all.")
+    limit: AtLeastOne | None = flag(None, "Only the first N records of the file.")
     dry_run: bool = flag(False, "Say what would be scored, and write nothing.")
 
 

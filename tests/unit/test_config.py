@@ -81,6 +81,13 @@ def test_every_command_calls_out_what_it_writes(section: type, old: str):
     assert new == before != section()
 
 
+def test_bounds_hold_for_a_flag_that_may_be_left_out_too():
+    with pytest.raises(InputError, match="limit is 0; it must be at least 1"):
+        ScoreConfig(limit=0)
+    (config,) = parse_args((ScoreConfig,), ["--limit", "2"], "")
+    assert (config.limit, ScoreConfig().limit) == (2, None)
+
+
 def test_flags_override_a_recipe_and_a_recipe_the_defaults(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lr: 0.5\nbatch_size: 4\nretrain: true\n")

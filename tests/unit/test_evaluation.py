@@ -170,8 +170,8 @@ def test_a_question_of_which_no_candidate_can_be_scored_is_rejected(judged, tmp_
     assert "could not be scored" not in text
 
 
-@pytest.mark.parametrize(("limit", "questions"), [(0, 3), (1, 1), (2, 1), (3, 2), (9, 3)])
-def test_limit(judged, limit: int, questions: int) -> None:
+@pytest.mark.parametrize(("limit", "questions"), [(None, 3), (1, 1), (2, 1), (3, 2), (9, 3)])
+def test_limit(judged, limit: int | None, questions: int) -> None:
     good = test_record(right=UNEVEN, wrong=EVEN)
     _, results = judged([good, {"id": "bad"}, good, good], limit=limit)
     assert results.num_questions == questions
