@@ -155,7 +155,17 @@ def loader_over_bare_decode(folder: ShardFolder, workers: int) -> float:
     from dreamprm_dist.training.loader import RankBatches
 
     tokenizer = train_tokenizer([STEP])
-    batches = RankBatches(folder, tokenizer, InputFormat(6), 8, 4, 1, 0, 0, 1)
+    batches = RankBatches(
+        shards=folder,
+        tokenizer=tokenizer,
+        format=InputFormat(6),
+        global_batch_size=8,
+        micro_batch_size=4,
+        seed=1,
+        level=0,
+        rank=0,
+        world_size=1,
+    )
     stream = batches.stream(0, LOADER_IMAGES // 8 + 1, workers, torch.device("cpu"))
     next(stream)  # the workers are there
     start = time.perf_counter()
