@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from dreamprm_dist.data.schema import SOLUTION_MARK
+from dreamprm_dist.evaluation.markup import greek_letter
 
 # A question of as many tokens is found in the midst of a line too. A shorter one, as "What is
 # shown?", may be part of many others: it must fill whole lines.
@@ -92,7 +93,7 @@ _COMMANDS = {
             *"/ div,± pm,∓ mp,< lt,> gt,√ sqrt,∞ infty,≈ approx,≡ equiv,∑ sum,∏ prod,∫ int".split(
                 ","
             ),
-            *"∠ angle,⊥ perp,∥ parallel,∂ partial,∇ nabla,∪ cup,∩ cap,∈ in,% %,λ lambda".split(","),
+            *"∠ angle,⊥ perp,∥ parallel,∂ partial,∇ nabla,∪ cup,∩ cap,∈ in,% %".split(","),
             *"∉ notin,≅ cong,∼ sim,← leftarrow,⇌ rightleftharpoons,⊂ subset,∝ propto".split(","),
         ),
     )
@@ -258,12 +259,9 @@ def _grouped(part: str) -> str:
 def _command(match: re.Match) -> str:
     """What a LaTeX command shows."""
     name = match[1]
-    if name in _COMMANDS:
-        return _COMMANDS[name]
-    try:
-        return unicodedata.lookup(f"GREEK SMALL LETTER {name}")
-    except KeyError:
-        return f" {name} " if name.isalpha() and name not in _FORMATTING else " "
+    if sign := _COMMANDS.get(name) or greek_letter(name):
+        return sign
+    return f" {name} " if name.isalpha() and name not in _FORMATTING else " "
 
 
 def _is_sign(token: str) -> bool:

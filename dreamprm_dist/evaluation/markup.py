@@ -173,13 +173,17 @@ def _grouped(part: str, simple: re.Pattern) -> str:
 
 def _command(found: re.Match) -> str:
     name = found[1]
-    if name in _COMMANDS:
-        return _COMMANDS[name]
+    return _COMMANDS.get(name) or greek_letter(name) or name
+
+
+def greek_letter(name: str) -> str | None:
+    """The letter that a LaTeX command shows, such as `alpha` or `Delta`; None for another one."""
+    size = "SMALL" if name[0].islower() else "CAPITAL"
+    unicode_name = name.upper().replace("LAMBDA", "LAMDA")
     try:
-        size = "SMALL" if name[0].islower() else "CAPITAL"
-        return unicodedata.lookup(f"GREEK {size} LETTER {name.upper()}")
+        return unicodedata.lookup(f"GREEK {size} LETTER {unicode_name}")
     except KeyError:
-        return name
+        return None
 
 
 def _boxes_marked(text: str) -> str:

@@ -220,6 +220,8 @@ EQUAL = [
     ["(3, 4)", "(3,4)", r"\left( 3, 4 \right)"],
     ["y = 2x + 3", "y=2x+3", "$y = 2x + 3$"],
     ["π", r"\pi", r"$\boxed{\pi}$"],
+    ["λ", r"\lambda", r"$\mathbf{\lambda}$"],
+    ["Δ", r"\Delta", r"$\text{\Delta}$"],
 ]  # fmt: skip
 
 
