@@ -96,7 +96,9 @@ def test_its_metadata_is_valid_and_it_reads_itself(tmp_path: Path, layout: str) 
     card = card_of(flags, base_model=HUB, license="mit")
     text = card.text(layout)
     data = HubCard(text).data
-    assert (data.base_model, data.license, data.library_name) == (HUB, "mit", "transformers")
+    facts = data.to_dict()
+    named = [facts[key] for key in ("base_model", "license", "library_name")]
+    assert named == [HUB, "mit", "transformers"]
     assert (data.pipeline_tag, data.get("aggregation")) == ("image-text-to-text", "min")
     assert data.tags == ["process-reward-model", "dreamprm_dist"]
     lines = text.splitlines()
