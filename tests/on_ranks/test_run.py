@@ -2,13 +2,19 @@
 
 import json
 import math
+import os
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_tools.shard import shard_file
 from dreamprm_dist import distributed
+from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.batch import InputFormat
+from dreamprm_dist.prm.model import load_tokenizer
+from dreamprm_dist.training.loader import RankBatches
 
 LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 8
 SETTINGS = [
@@ -92,6 +98,43 @@ def test_a_finished_run_goes_on_in_the_longer_schedule(make_run, tmp_path: Path)
         factor = cosine(line["iteration"] - 1, 2 * ITERATIONS)
         assert line["lr"] == pytest.approx(LR * factor)
         assert line["meta_lr"] == pytest.approx(META_LR * factor)
+
+
+@pytest.mark.parametrize(
+    ("signs", "lacking"),
+    [
+        (["+", "-"], []),
+        ([None, "+"], ["-"]),
+        ([None, "-"], ["+"]),
+        (["+", "+"], ["-"]),
+    ],
+)
+def test_labels_of_all_ranks_count(tmp_path: Path, caplog, process_group, signs, lacking):
+    """Each rank has a record; one that lacks a sign, or all labels, is no fault of the data."""
+    folder = Path(distributed.broadcast_text(str(tmp_path)))
+    if distributed.rank() == 0:
+        turns = [[{"from": "human", "value": "Q"}, {"from": "gpt", "value": s}] for s in signs]
+        file = folder / "records.json"
+        file.write_text(json.dumps([{"id": i, "conversations": t} for i, t in enumerate(turns)]))
+        shard_file(file, folder / "shards", "training", 2)
+        caplog.clear()  # of what sharding says
+    distributed.barrier()
+    batches = RankBatches(
+        shards=ShardFolder(folder / "shards"),
+        tokenizer=load_tokenizer(os.environ["TESTS_ON_RANKS"].split(":")[0]),
+        format=InputFormat(6, 28, 4),
+        global_batch_size=2,
+        micro_batch_size=1,
+        seed=1,
+        level=0,
+        rank=distributed.rank(),
+        world_size=2,
+    )
+    batches.check_rows(process_group)
+    expected = [f"has no step labelled {sign}:" for sign in lacking if distributed.rank() == 0]
+    said = [r.getMessage() for r in caplog.records if "one answer" in r.getMessage()]
+    assert len(said) == len(expected)
+    assert all(text in message for text, message in zip(expected, said, strict=True))
 
 
 def test_adamws_eps_is_torchs(make_run):
