@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
-from torch.func import functional_call
 
 from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.hypergradient.sama import adam_derivative
 from dreamprm_dist.hypergradient.tap import TappedBatch
-from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.reweighters.schedules import build_schedule, follow_schedule
 from dreamprm_dist.training.config import TrainConfig
 from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
+from dreamprm_dist.training.passes import lower_loss, meta_gradient
+from dreamprm_dist.training.strategy import deepspeed_config
 from dreamprm_dist.training.zero_state import Fragment, ZeroState
 
 CHECKPOINT_TAG = "state"
-DS_CONFIGS = resources.files("dreamprm_dist") / "ds_configs"
-if not DS_CONFIGS.is_dir():  # a checkout has it beside the package, where users edit it
-    DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +94,9 @@ class Engine:
             optimizer=optimizer,
             lr_scheduler=schedule,
             model_parameters=parameters,
-            config=deepspeed_config(config, device, max(p.numel() for p in parameters)),
+            config=deepspeed_config(
+                config, device, max(p.numel() for p in parameters), distributed.world_size()
+            ),
             dist_init_required=False,
         )
         self._deepspeed.checkpoint_engine = CheckpointWriter()
@@ -136,15 +133,9 @@ class Engine:
             self._last_gradients.clear()
         for batch in micro_batches:
             with tapping(batch) if tapping else nullcontext() as tapped:
-                output = self._deepspeed(batch)
-                losses = instance_losses(
-                    output.logits, batch.step_targets, batch.step_rows, len(batch)
-                )
-                weights = weigh(output, losses, batch)
-                weighted = tapped.weigh_in_backward(losses, weights) if tapped else weights * losses
                 # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by
                 # B: together 1/G.
-                loss = weighted.mean()
+                loss, losses, weights = lower_loss(self._deepspeed(batch), batch, weigh, tapped)
                 # An infinite loss may have a finite gradient; NaN is what ZeRO sees.
                 self._deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             self._deepspeed.step()
@@ -176,31 +167,14 @@ class Engine:
             v by name of the parameters in `hypergradient_scope`, the same on every rank, and this
             rank's losses.
         """
-        parameters = [self.parameters[name] for name in self._scope]
-        # What lies outside the scope is held constant, and so records nothing to go back through.
-        constants = {
-            name: p.detach() for name, p in self.parameters.items() if name not in self._scope
-        }
         size = torch.tensor(float(sum(map(len, micro_batches))), device=self.device)
         # Averaging over ranks divides by their number once more.
         scale = distributed.world_size() / distributed.all_reduce_sum(size)
-        total: list[Tensor] | None = None
-        all_losses = []
-        for batch in micro_batches:
-            output = functional_call(self.module, constants, (batch,))
-            losses = loss(output, batch)
-            gradients = unalias(
-                torch.autograd.grad(losses.sum() * scale, parameters, materialize_grads=True)
-            )
-            all_losses.append(losses.detach())
-            if total is None:
-                total = [g if len(micro_batches) == 1 else g.float() for g in gradients]
-            else:
-                torch._foreach_add_(total, [g.float() for g in gradients])
-        assert total is not None
-        v = [t.to(p.dtype) for t, p in zip(total, parameters, strict=True)]
-        distributed.all_reduce_mean(v)
-        return dict(zip(self._scope, v, strict=True)), torch.cat(all_losses)
+        v, losses = meta_gradient(
+            self.module, self.parameters, self._scope, micro_batches, loss, scale
+        )
+        distributed.all_reduce_mean(list(v.values()))
+        return v, losses
 
     def precondition(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """v times the derivative of the lower level's Adam step, by each rank for its partition.
@@ -283,59 +257,3 @@ class Engine:
         distributed.barrier()
         if distributed.rank() == 0:
             shutil.rmtree(scratch)
-
-
-def unalias(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The same gradients, none in the memory of another, so that each may be changed in place.
-
-    Autograd returns views of one tensor where parameters have one gradient, as the class token and
-    its position embedding when the batch has a single tile.
-    """
-    seen, apart = set(), []
-    for gradient in gradients:
-        storage = gradient.untyped_storage().data_ptr()
-        apart.append(gradient.clone() if storage in seen else gradient)
-        seen.add(storage)
-    return apart
-
-
-def deepspeed_config(config: TrainConfig, device: torch.device, largest: int) -> dict:
-    """The JSON of `--strategy` with what the configuration owns written into it.
-
-    Args:
-        largest: elements of the largest trained parameter.
-
-    Raises:
-        InputError: the JSON sets a value that the configuration owns to something else.
-    """
-    strategy = config.run.strategy
-    if strategy == "default":
-        strategy = "zero2" if device.type == "cuda" else "zero2_cpu"
-    file = DS_CONFIGS / f"{strategy}.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    lower = config.lower
-    owned = {
-        "train_micro_batch_size_per_gpu": lower.batch_size,
-        "gradient_accumulation_steps": lower.gradient_accumulation,
-        "train_batch_size": lower.batch_size
-        * lower.gradient_accumulation
-        * distributed.world_size(),
-        "gradient_clipping": lower.gradient_clipping,
-        "bf16": {"enabled": config.model.precision == "bf16"},
-        "fp16": {"enabled": False},
-    }
-    for key, value in owned.items():
-        if settings.get(key, value) not in (value, "auto"):
-            raise InputError(
-                f"{file}: {key} is {settings[key]}, but the configuration says {value}; leave it "
-                "out of the file"
-            )
-    for key in ("optimizer", "scheduler"):
-        if key in settings:
-            raise InputError(f"{file}: {key} belongs to the configuration; leave it out")
-    zero = settings["zero_optimization"]
-    if zero.get("overlap_comm"):
-        # The gradient of a parameter that is larger than the bucket DeepSpeed reduces on a stream
-        # of its own, and gives its memory away meanwhile.
-        zero["reduce_bucket_size"] = max(zero.get("reduce_bucket_size", 0), largest)
-    return settings | owned

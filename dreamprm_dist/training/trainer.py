@@ -14,24 +14,23 @@ unroll is then undone and taken again with the new weights.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from dreamprm_dist import distributed
 from dreamprm_dist.hypergradient.ghost import Ghost
-from dreamprm_dist.losses import Observation, instance_losses, meta_losses
+from dreamprm_dist.losses import Observation, meta_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.base import Reweighter
 from dreamprm_dist.training.config import TrainConfig
 from dreamprm_dist.training.engine import Engine, LowerStep
 from dreamprm_dist.training.metrics import PhaseTimer
+from dreamprm_dist.training.passes import directional_derivative
 from dreamprm_dist.training.skipped_steps import SkippedSteps
 
 # This rank's part of a global batch, on its device.
@@ -184,14 +183,8 @@ class BilevelTrainer:
         self, batch: Batch, v: Mapping[str, Tensor]
     ) -> tuple[Observation, Observation]:
         """The upper level's view of a micro-batch, and its derivative along v."""
-        module = self.engine.module
-
-        def observe(parameters: Mapping[str, Tensor]) -> Observation:
-            output = functional_call(module, dict(parameters), (batch,), tie_weights=False)
-            losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
-            return Observation(losses, self.reweighter.features(output, losses, batch))
-
         estimator = self.config.hypergradient.estimator
-        assert estimator.function is not None
-        with module.forward_mode() if estimator.forward_mode else contextlib.nullcontext():
-            return estimator.function(observe, *module.by_use(self.engine.parameters, v))
+        prm, parameters = self.engine.module, self.engine.parameters
+        return directional_derivative(
+            prm, estimator, parameters, v, batch, self.reweighter.features
+        )
