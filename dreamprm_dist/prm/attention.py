@@ -28,26 +28,27 @@ def forward_mode(model: InternVLForConditionalGeneration) -> Iterator[None]:
     There is no backward pass through it.
     """
     before = model.config._attn_implementation
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(_give_tangent)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    hooks = [norm.register_forward_hook(_narrow_tangent) for norm in norms]
     model.set_attn_implementation(FORWARD_MODE)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
-def _give_tangent(projector: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    """Behind a frozen vision tower: features with a tangent of zeros, if the projector moves.
+def _narrow_tangent(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    """The output with its tangent in its own dtype.
 
-    Without one torch's rule for layer norm takes the dtype of its statistics, which CUDA keeps in
-    float32, for the tangent of a bf16 output.
+    Torch's rule for layer norm gives the tangent the dtype of the statistics, which CUDA keeps in
+    float32 for a bf16 output; the next product would refuse it.
     """
-    (features,) = inputs
-    moves = any(forward_ad.unpack_dual(p).tangent is not None for p in projector.parameters())
-    if moves and forward_ad.unpack_dual(features).tangent is None:
-        return (forward_ad.make_dual(features, torch.zeros_like(features)),)
-    return None
+    primal, tangent = forward_ad.unpack_dual(output)
+    if tangent is None or tangent.dtype == primal.dtype:
+        return None
+    return forward_ad.make_dual(primal, tangent.to(primal.dtype))
 
 
 class _Attention(torch.autograd.Function):
