@@ -12,13 +12,16 @@ OUT ?= data/shards
 NUM_SHARDS ?= 8
 WORKERS ?= 4
 NUM_GPUS ?= 8
+GPU ?= h100-80
+# More flags of launch/plan.py, as --reward_model …
+PLAN ?=
 CONFIG ?= launch/recipes/instance_table.yaml
 MODEL ?= runs/instance_table/export
 TEST ?= data/test.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds test test-survive test-gpu test-web lint format shard-data train evaluate bench
-.PHONY: bench-data test-wheel
+.PHONY: bench-data plan test-wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -73,6 +76,9 @@ shard-data: $(STAMP) ## shard TRAIN=… and META=… into OUT=… as NUM_SHARDS=
 train: $(STAMP) ## train on NUM_GPUS=… with CONFIG=… on the shards in OUT=…
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_gpus $(NUM_GPUS) launch/train.py \
 		--config $(CONFIG) --train_json_file "$(OUT)/train" --meta_json_file "$(OUT)/meta"
+
+plan: $(STAMP) ## memory, time and fit of CONFIG=… on NUM_GPUS=… of type GPU=…, before it is started
+	$(PYTHON) launch/plan.py --config $(CONFIG) --num_gpus $(NUM_GPUS) --gpu $(GPU) $(PLAN)
 
 evaluate: $(STAMP) ## Best-of-N of MODEL=… on TEST=…
 	$(PYTHON) launch/evaluate.py --model "$(MODEL)" --test_json_file "$(TEST)"

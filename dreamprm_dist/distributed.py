@@ -23,6 +23,7 @@ from dreamprm_dist import files
 from dreamprm_dist.errors import InputError, report_error, start_logging
 
 JOIN_TIMEOUT = timedelta(minutes=10)
+BUCKET_BYTES = 256 * 2**20
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _before: dict[str, str | None] = {}  # what the environment had where we have set a variable
@@ -291,13 +292,13 @@ def barrier() -> None:
     dist.barrier()
 
 
-def all_reduce_mean(tensors: Sequence[Tensor], bucket_bytes: int = 256 * 2**20) -> None:
+def all_reduce_mean(tensors: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
     """Average tensors of one dtype over all ranks in place, in flat buckets."""
     # Dividing first keeps sums of many ranks within the range of bf16 and fp16 gradients.
     _all_reduce_in_place(tensors, bucket_bytes, divisor=world_size())
 
 
-def all_reduce_fragments(tensors: Sequence[Tensor], bucket_bytes: int = 256 * 2**20) -> None:
+def all_reduce_fragments(tensors: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
     """Put tensors together of which each element is set on one rank and 0 on the others."""
     _all_reduce_in_place(tensors, bucket_bytes, divisor=1)
 
@@ -305,7 +306,7 @@ def all_reduce_fragments(tensors: Sequence[Tensor], bucket_bytes: int = 256 * 2*
 def _all_reduce_in_place(tensors: Sequence[Tensor], bucket_bytes: int, divisor: int) -> None:
     if world_size() == 1:
         return
-    for bucket in _buckets(tensors, bucket_bytes):
+    for bucket in buckets(tensors, bucket_bytes):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         flat.div_(divisor)
         dist.all_reduce(flat)
@@ -313,7 +314,8 @@ def _all_reduce_in_place(tensors: Sequence[Tensor], bucket_bytes: int, divisor: 
             tensor.copy_(part.view_as(tensor))
 
 
-def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tensor]]:
+def buckets(tensors: Iterable[Tensor], bucket_bytes: int = BUCKET_BYTES) -> Iterable[list[Tensor]]:
+    """Tensors in their order, in lists of at least so many bytes but for the last."""
     bucket, size = [], 0
     for tensor in tensors:
         bucket.append(tensor)

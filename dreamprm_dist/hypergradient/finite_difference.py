@@ -33,7 +33,7 @@ def finite_difference(
         torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
         for t in v.values()
     ]
-    epsilon = radius / float(torch.stack(norms).norm().clamp_min(torch.finfo(torch.float32).tiny))
+    epsilon = radius / torch.stack(norms).norm().clamp_min(torch.finfo(torch.float32).tiny)
 
     def moved(factor: float) -> Observation:
         return function(

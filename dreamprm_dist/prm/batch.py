@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dreamprm_dist.data.schema import Turn
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.chat import EncodedConversation, encode_conversation
+from dreamprm_dist.prm.grid import num_tiles
 from dreamprm_dist.prm.tiling import image_tiles
 
 
@@ -136,6 +137,22 @@ def encode_instance(
             "record out"
         )
     return Instance(encoded, tiles, sample_id, true_false)
+
+
+def measure(
+    conversations: Sequence[Turn],
+    image_sizes: Sequence[tuple[int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    format: InputFormat,
+) -> tuple[int, int, int]:
+    """Tokens, tiles and steps of an instance, with no image read and no image token written out."""
+    tiles = [
+        num_tiles(width, height, format.max_tiles, format.tile_size)
+        for width, height in image_sizes
+    ]
+    text = encode_conversation(conversations, tokenizer, [0] * len(tiles))
+    length = len(text.input_ids) + sum(tiles) * format.tokens_per_tile
+    return length, sum(tiles), len(text.step_positions)
 
 
 def collate(instances: Sequence[Instance], pad_token_id: int, *, share_tiles: bool = True) -> Batch:

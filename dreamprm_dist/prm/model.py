@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -90,6 +91,16 @@ class PRM(nn.Module):
         """Width of the last hidden states."""
         return self.model.model.language_model.config.hidden_size
 
+    @property
+    def no_mask(self) -> dict[str, None] | None:
+        """What the language model takes as its mask where there is none but the causal one.
+
+        Without it transformers looks at the positions for packed sequences, which waits for the
+        device. A layer with a sliding window would need its mask.
+        """
+        layer_types = set(self.model.model.language_model.config.layer_types)
+        return {"full_attention": None} if layer_types == {"full_attention"} else None
+
     def forward(self, batch: Batch) -> StepOutput:
         """Logits and hidden states at the batch's n step positions."""
         if batch.pixel_values is not None:
@@ -104,7 +115,7 @@ class PRM(nn.Module):
         else:
             embeddings = self.embed(batch.input_ids)
         hidden = self.model.model.language_model(
-            inputs_embeds=embeddings, use_cache=False
+            inputs_embeds=embeddings, attention_mask=self.no_mask, use_cache=False
         ).last_hidden_state
         hidden = hidden[batch.step_rows, batch.step_positions]
         return StepOutput(self.model.lm_head(hidden), hidden)
@@ -280,6 +291,29 @@ def load_prm(name_or_path: str, precision: str = "bf16", device: torch.device | 
         raise InputError(f"model {name}: {_short(error)}") from error
     _remove_dropout(model)
     return PRM(model).to(device)
+
+
+def load_shapes(name_or_path: str, precision: str = "bf16") -> PRM:
+    """A PRM on the meta device, of its config alone: all shapes, no tensors.
+
+    Raises:
+        InputError: as `load_prm`, of the config.
+    """
+    folder, name = fetch_model(name_or_path), resolve_model(name_or_path)
+    config_dict = _read_config(folder, name)
+    try:
+        if config_dict["model_type"] == layout.MODEL_TYPE:
+            config = layout.from_original_config(config_dict, image_token_id=0)
+        else:
+            config = InternVLConfig.from_dict(config_dict)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=PRECISIONS[precision], attn_implementation="sdpa"
+            )
+    except (InputError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise InputError(f"model {name}: {_short(error)}") from error
+    _remove_dropout(model)
+    return PRM(model)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

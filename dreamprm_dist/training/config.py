@@ -8,7 +8,7 @@ name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -230,12 +230,17 @@ class TrainConfig:
             flags[size] = max(b for b in range(1, values[size] + 1) if part % b == 0)
             flags[BATCH_FLAGS[size]] = part // flags[size]
 
-        def fitted(section: Any) -> Any:
-            return dataclasses.replace(
-                section, **{name: v for name, v in flags.items() if hasattr(section, name)}
-            )
+        return self.with_flags(flags)
 
-        return dataclasses.replace(self, lower=fitted(self.lower), upper=fitted(self.upper))
+    def with_flags(self, flags: Mapping[str, Any]) -> TrainConfig:
+        """The same run with other values of some flags."""
+
+        def changed(section: Any) -> Any:
+            names = {field.name for field in dataclasses.fields(section)}
+            return dataclasses.replace(section, **{k: v for k, v in flags.items() if k in names})
+
+        sections = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return TrainConfig(**sections)
 
     def as_dict(self) -> dict[str, Any]:
         """All flags, flat, as a recipe has them."""

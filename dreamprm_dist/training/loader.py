@@ -18,9 +18,14 @@ from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.schema import step_labels
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.prm.batch import Batch, InputFormat, Instance, collate, encode_instance
-from dreamprm_dist.prm.chat import encode_conversation
-from dreamprm_dist.prm.grid import num_tiles
+from dreamprm_dist.prm.batch import (
+    Batch,
+    InputFormat,
+    Instance,
+    collate,
+    encode_instance,
+    measure,
+)
 from dreamprm_dist.training.preemption import leave_signals_to_the_rank
 
 logger = logging.getLogger(__name__)
@@ -172,7 +177,9 @@ class RankBatches(Dataset):
                     if "true_false" in record
                     else step_labels(record["conversations"])
                 )
-                length = self._length(record)
+                length, *_ = measure(
+                    record["conversations"], record["image_sizes"], self.tokenizer, self.format
+                )
                 if length > self.format.max_length:
                     too_long += 1
                     first = first or _named(
@@ -204,15 +211,6 @@ class RankBatches(Dataset):
                 logger.warning(
                     "%s has no %s: a PRM learns one answer from it", self.shards.path, sign
                 )
-
-    def _length(self, record: dict) -> int:
-        """Tokens of a record, image tokens counted without writing them out."""
-        tiles = [
-            num_tiles(width, height, self.format.max_tiles, self.format.tile_size)
-            for width, height in record["image_sizes"]
-        ]
-        text = encode_conversation(record["conversations"], self.tokenizer, [0] * len(tiles))
-        return len(text.input_ids) + sum(tiles) * self.format.tokens_per_tile
 
 
 class _Rows(Dataset):

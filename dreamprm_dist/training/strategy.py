@@ -16,6 +16,13 @@ if not DS_CONFIGS.is_dir():  # a checkout has it beside the package, where users
     DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
+def strategy_name(strategy: str, device_type: str) -> str:
+    """The name of a strategy's file; `default` depends on the device."""
+    if strategy == "default":
+        return "zero2" if device_type == "cuda" else "zero2_cpu"
+    return strategy
+
+
 def deepspeed_config(
     config: TrainConfig, device: torch.device, largest: int, world_size: int
 ) -> dict:
@@ -28,10 +35,7 @@ def deepspeed_config(
     Raises:
         InputError: the JSON sets a value that the configuration owns to something else.
     """
-    strategy = config.run.strategy
-    if strategy == "default":
-        strategy = "zero2" if device.type == "cuda" else "zero2_cpu"
-    file = DS_CONFIGS / f"{strategy}.json"
+    file = DS_CONFIGS / f"{strategy_name(config.run.strategy, device.type)}.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     lower = config.lower
     owned = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamprm_dist import distributed
+from dreamprm_dist.planning.iteration import net_bytes, sent_bytes
 
 NUM_RANKS = 2
 KINDS = {
@@ -61,13 +62,16 @@ def worker(folder: Path) -> None:
         batches = next(data)
         with CollectiveBytes() as counted:
             trainer.iteration(*batches)
-        parameters = sum(p.nbytes for p in trainer.engine.parameters.values())
-        net = 0
-        if name == "instance_net":
-            net = _bytes(list(trainer.reweighter.module.parameters()))
+        scope = run.config.hypergradient.hypergradient_scope
+        sizes = {name: p.nbytes for name, p in trainer.engine.parameters.items()}
         results[name] = {
             "measured": counted.large,
-            "formula": 3 * parameters + net,
+            "formula": sent_bytes(
+                run.config,
+                trained=sum(sizes.values()),
+                in_scope=sum(sizes[name] for name in trainer.engine.module.parameters_in(scope)),
+                net=net_bytes(run.config.reweighter, trainer.engine.module.hidden_size),
+            ),
             "measured_small": counted.small,
         }
     if distributed.rank() == 0:

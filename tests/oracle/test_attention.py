@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.planning.workload import Workload
 from dreamprm_dist.prm import attention
 from dreamprm_dist.prm.attention import FORWARD_MODE
-from dreamprm_dist.prm.model import load_prm
+from dreamprm_dist.prm.model import load_shapes
+from dreamprm_dist.training.passes import directional_derivative
 
 BATCH, LENGTH, WIDTH = 2, 7, 5
 SCALING = 0.3
@@ -59,25 +62,42 @@ def test_a_flash_kernel_does_where_nothing_moves(monkeypatch) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
-def test_behind_a_frozen_tower_the_projector_is_given_a_tangent(tiny_prm_dir: Path) -> None:
-    """Of zeros: on CUDA torch's rule for layer norm else leaves bf16, which no CPU can show."""
-    torch.manual_seed(0)
-    prm = load_prm(str(tiny_prm_dir), "fp32").double()
-    projector, seen = prm.model.model.multi_modal_projector, []
-    features = torch.randn(3, projector.layer_norm.weight.numel(), dtype=torch.float64)
-    parameters = {name: p.detach() for name, p in projector.named_parameters()}
-    v = {name: torch.randn_like(p) for name, p in parameters.items()}
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("scope", ["all", "language_model", "last_1_layers"])
+def test_every_tangent_has_the_dtype_of_its_primal(
+    tiny_prm_dir: Path, frozen: bool, scope: str
+) -> None:
+    """In bf16 on the meta device, whose layer norm has float32 statistics, as CUDA's has.
 
-    def project(parameters: dict) -> torch.Tensor:
-        return functional_call(projector, parameters, (features,))
+    Torch's rule gives the tangent their dtype, and a product of it with a bf16 matrix fails.
+    """
+    prm = load_shapes(str(tiny_prm_dir), "bf16").train()
+    prm.freeze(frozen, False)
+    parameters = dict(prm.named_parameters())
+    v = {name: torch.empty_like(parameters[name]) for name in prm.parameters_in(scope)}
+    norms = 0
 
-    _, expected = torch.func.jvp(project, (parameters,), (v,))
-    projector.layer_norm.register_forward_pre_hook(
-        lambda _, inputs: seen.append(forward_ad.unpack_dual(inputs[0]).tangent)
-    )
-    with torch.no_grad(), prm.forward_mode(), forward_ad.dual_level():
-        project(parameters)
-        duals = {n: forward_ad.make_dual(p, v[n]) for n, p in parameters.items()}
-        tangent = forward_ad.unpack_dual(project(duals)).tangent
-    assert seen[0] is None and seen[1].shape == features.shape and not seen[1].any()
-    torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
+    def check(module: nn.Module, _: tuple, output: object) -> None:
+        nonlocal norms
+        if isinstance(output, torch.Tensor):
+            primal, tangent = forward_ad.unpack_dual(output)
+            assert primal.dtype in (torch.bfloat16, torch.float32)
+            if tangent is not None:
+                assert tangent.dtype == primal.dtype, type(module).__name__
+                norms += isinstance(module, nn.LayerNorm)
+
+    with prm.forward_mode():  # whose hooks come first
+        for module in prm.modules():
+            module.register_forward_hook(check)
+        losses = directional_derivative(
+            prm,
+            ESTIMATORS["jvp"],
+            parameters,
+            v,
+            Workload(tiles=2, text_tokens=9, steps=2).batch(prm, 2),
+            lambda output, losses, batch: losses.new_zeros(0, 0),
+        )[1].losses
+    assert losses.dtype == torch.float32 and losses.shape == (2,)
+    of_vision = sum(isinstance(module, nn.LayerNorm) for module in prm.modules())
+    moving = of_vision if not frozen else 1  # the projector's
+    assert norms == (moving if scope == "all" else 0)

@@ -14,6 +14,7 @@ BELOW["prm"] = BELOW["data"] | {"data"}
 BELOW["losses"] = BELOW["prm"] | {"prm"}
 BELOW["hypergradient"] = BELOW["reweighters"] = BELOW["losses"] | {"losses"}
 BELOW["training"] = BELOW["hypergradient"] | {"hypergradient", "reweighters"}
+BELOW["planning"] = BELOW["training"] | {"training"}
 BELOW["evaluation"] = BELOW["losses"] | {"losses"}
 BELOW["api"] = BELOW["evaluation"] | {"evaluation"}
 BELOW["report"] = BELOW["serving"] = BELOW["api"] | {"api"}

@@ -1,0 +1,48 @@
+"""Plan a run before anything is started: memory by phase, time, and what would make it fit.
+
+    python launch/plan.py --config launch/recipes/instance_table.yaml --num_gpus 8 --gpu a100-80
+
+Everything is counted on shapes: of the model its `config.json` is read, of the data, where its
+shards are there, sizes of images and lengths of texts. It takes seconds, and no GPU.
+"""
+
+from pathlib import Path
+from typing import get_type_hints
+
+from dreamprm_dist.data.shards import ShardFolder, shards_at
+from dreamprm_dist.flags import parse_args, run
+from dreamprm_dist.planning.plan import Plan, PlanConfig
+from dreamprm_dist.planning.workload import Workload, workloads_of
+from dreamprm_dist.prm.batch import InputFormat
+from dreamprm_dist.prm.model import load_shapes, load_tokenizer
+from dreamprm_dist.training.config import TrainConfig
+
+
+def workloads(train: TrainConfig, config: PlanConfig) -> tuple[Workload, Workload]:
+    """The largest and the mean instance: by flags, else of the shards, else with a large image."""
+    tiles = train.data.max_patch_num
+    found = (Workload(tiles=tiles + (tiles > 1), text_tokens=600, steps=8),) * 2
+    folder = Path(train.data.train_json_file)
+    if folder.is_dir():
+        prm = load_shapes(train.model.reward_model)
+        format = InputFormat(tiles, prm.tile_size, prm.tokens_per_tile)
+        shards = ShardFolder(shards_at(folder, "training"))
+        found = workloads_of(shards, load_tokenizer(train.model.reward_model), format)
+    given = {
+        name: value for name in Workload._fields if (value := getattr(config, name)) is not None
+    }
+    largest, mean = (work._replace(**given) for work in found)
+    return largest, mean
+
+
+def main(argv: list[str] | None = None) -> None:
+    sections = get_type_hints(TrainConfig)
+    *parsed, config = parse_args(
+        (*sections.values(), PlanConfig), argv, "Plan a training run: memory, time, remedies."
+    )
+    train = TrainConfig(**dict(zip(sections, parsed, strict=True)))
+    print(Plan(train, config, *workloads(train, config)).text())
+
+
+if __name__ == "__main__":
+    run(main)
