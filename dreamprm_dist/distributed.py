@@ -1,32 +1,28 @@
-"""Start-up under every launcher, and the collectives by name: the only user of torch.distributed.
-
-Ranks and the first one's address come from the environment that the launcher left: deepspeed and
-torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; what srun and mpirun set is
-translated into these, where the last two may be given. Without any, the run has one rank.
-"""
+"""Start-up of the ranks, and their collectives by name: the only user of torch.distributed."""
 
 import contextlib
+import json
+import logging
 import os
-import re
+import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreamprm_dist import files
+from dreamprm_dist import files, launchers
 from dreamprm_dist.errors import InputError, report_error, start_logging
+
+logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 BUCKET_BYTES = 256 * 2**20
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-_before: dict[str, str | None] = {}  # what the environment had where we have set a variable
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 _store: dist.Store | None = None  # where the ranks have met
 
@@ -43,45 +39,69 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         timeout_minutes: how long a collective waits for a rank.
 
     Raises:
-        InputError: cuda is asked for, or more ranks than GPUs are started, and it is not there; or
-            the environment contradicts itself about the ranks.
+        InputError: a rank has no GPU of its own, where cuda is asked for or others have one; or the
+            environment contradicts itself about the ranks.
     """
     global _roll_call, _store
-    _adopt_launcher_environment()
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ["LOCAL_RANK"])
+    launchers.adopt_environment()
+    gpus = [] if device == "cpu" else _visible_gpus()
+    timeout = timedelta(minutes=timeout_minutes)
+    _store, rank, views = _meet(max(timeout, JOIN_TIMEOUT), gpus)
+    use_cuda = device == "cuda" or any(view.gpus for view in views)
+    chosen = torch.device("cpu")
     if use_cuda:
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise InputError(
-                f"local rank {local_rank} has no GPU: this machine shows {count}; start at most "
-                f"{count} ranks on it, or use --device cpu"
-            )
-        torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        _store, rank, world_size = _meet(max(timeout, JOIN_TIMEOUT))
-        # DeepSpeed makes groups of its own, with torch's default.
-        dist.distributed_c10d.default_pg_timeout = timeout
-        dist.distributed_c10d.default_pg_nccl_timeout = timeout
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo",
-            timeout=timeout,
-            store=_store,
-            rank=rank,
-            world_size=world_size,
-        )
+        chosen = torch.device("cuda", launchers.own_gpus(views)[rank])
+        torch.cuda.set_device(chosen)
+        # float32 is meant: torch has TF32 on for convolutions, and the PRM's patches are one.
+        torch.backends.cudnn.allow_tf32 = False
+    # DeepSpeed makes groups of its own, with torch's default.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        timeout=timeout,
+        store=_store,
+        rank=rank,
+        world_size=len(views),
+        # NCCL then connects all ranks here, once for every collective, and says here what is wrong.
+        # One rank has nobody to connect to.
+        device_id=chosen if use_cuda and len(views) > 1 else None,
+    )
+    if not use_cuda:
         _roll_call = dist.new_group(backend="gloo", timeout=timeout)
-        start_logging(rank)
-    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    start_logging(rank)
+    if device == "auto" and not use_cuda:
+        nvidia_smi = shutil.which("nvidia-smi") is not None
+        if warning := launchers.missing_gpus(os.environ, nvidia_smi, torch.version.cuda):
+            logger.warning(warning)
+    return chosen
 
 
-def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Wait until all ranks are there: they do not start at once, and collectives wait for less."""
+def _visible_gpus() -> list[str]:
+    # Without a driver for torch's CUDA there still is a count.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+
+
+def _meet(timeout: timedelta, gpus: list[str]) -> tuple[dist.Store, int, list[launchers.View]]:
+    """Wait until all ranks are there: they do not start at once, and collectives wait for less.
+
+    Args:
+        gpus: those that this rank sees.
+
+    Returns:
+        The store, this rank, and what each of them sees.
+    """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set(f"here/{rank}", "")
-    store.wait([f"here/{other}" for other in range(world_size)], timeout)
-    return store, rank, world_size
+    here, read = ([f"{key}/{r}" for r in range(world_size)] for key in ("here", "read"))
+    view = launchers.View(socket.gethostname(), int(os.environ["LOCAL_RANK"]), gpus)
+    store.set(here[rank], json.dumps(view))
+    store.wait(here, timeout)
+    views = [launchers.View(*json.loads(text)) for text in store.multi_get(here)]
+    store.set(read[rank], "")
+    if rank == 0:  # the store may live in its process, which may have nothing else to do but say so
+        store.wait(read, timeout)
+    return store, rank, views
 
 
 @contextlib.contextmanager
@@ -141,89 +161,6 @@ def _absent(patience: timedelta) -> str:
     return "all answer now, so one was too slow for collective_timeout"
 
 
-def _adopt_launcher_environment() -> None:
-    """Have the variables of `RANK_VARIABLES` in the environment, whatever started this process."""
-    env, started = os.environ, _started(os.environ)
-    if "RANK" in env or "WORLD_SIZE" in env:
-        _check_ranks(env, started)
-        env.setdefault("LOCAL_RANK", env["RANK"])
-    elif started is None or started.world_size == 1:
-        _set_ranks(0, 1, 0, "127.0.0.1", _free_port())
-    elif started.launcher == "mpirun":
-        # mpi4py initialises MPI on import, which only a process that mpirun started should do.
-        from mpi4py import MPI
-
-        world = MPI.COMM_WORLD
-        local = world.Split_type(MPI.COMM_TYPE_SHARED)
-        address = env.get("MASTER_ADDR") or socket.gethostbyname(socket.gethostname())
-        address, port = world.bcast((address, env.get("MASTER_PORT", _free_port())), root=0)
-        _set_ranks(world.rank, world.size, local.rank, address, port)
-    else:
-        # A port that all tasks name without asking each other, apart from other jobs' ports.
-        port = env.get("MASTER_PORT", 15000 + int(env["SLURM_JOB_ID"]) % 15000)
-        address = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
-        _set_ranks(started.rank, started.world_size, int(env["SLURM_LOCALID"]), address, port)
-
-
-class Started(NamedTuple):
-    """This process as mpirun or srun describe it.
-
-    Attributes:
-        launcher: "mpirun" or "srun".
-        rank, world_size: this process's number, and how many processes were started.
-    """
-
-    launcher: str
-    rank: int
-    world_size: int
-
-
-def _started(env: Mapping[str, str]) -> Started | None:
-    # Open MPI's processes also have the variables of srun, which has started its daemons. A batch
-    # script has SLURM_PROCID, but is no step.
-    for launcher, rank, size in (
-        ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-        ("mpirun", "PMI_RANK", "PMI_SIZE"),
-    ):
-        if rank in env and size in env:
-            return Started(launcher, int(env[rank]), int(env[size]))
-    return None
-
-
-def _check_ranks(env: Mapping[str, str], started: Started | None) -> None:
-    """RANK and WORLD_SIZE are whole, and not another launcher's leftovers."""
-    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if name not in env:
-            raise InputError(f"{other} is set, but {name} is not; set both, or unset it")
-    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    if not 0 <= rank < size:
-        raise InputError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0 to {size - 1}")
-    # torchrun and deepspeed may be started once per node by srun or mpirun, and then count anew.
-    counted_anew = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & env.keys()
-    if started and started.world_size > 1 and not counted_anew and started[1:] != (rank, size):
-        raise InputError(
-            f"{started.launcher} says this is rank {started.rank} of {started.world_size}, but "
-            f"RANK is {rank} and WORLD_SIZE {size}; unset these two"
-        )
-
-
-def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `gpu[003-005,7],login` -> `gpu003`."""
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
-
-
-def _set_ranks(*values: int | str) -> None:
-    _before.update((name, os.environ.get(name)) for name in RANK_VARIABLES)
-    os.environ.update(zip(RANK_VARIABLES, map(str, values), strict=True))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
 def joined(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     """Run a block as a rank of the process group; gives this rank's device. See `initialize`.
@@ -272,12 +209,7 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         _roll_call = None
-    for name, value in _before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    _before.clear()
+    launchers.restore_environment()
 
 
 def rank() -> int:

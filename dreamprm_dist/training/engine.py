@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -90,6 +91,8 @@ class Engine:
             gamma=lower.scheduler_gamma,
         )
         self._deepspeed, *_ = deepspeed.initialize(
+            # Else it takes the GPU of LOCAL_RANK, and a rank that sees its own alone has only 0.
+            args=SimpleNamespace(device_rank=device.index or 0),
             model=prm,
             optimizer=optimizer,
             lr_scheduler=schedule,

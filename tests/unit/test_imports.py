@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dreamprm_dist"
-GROUND = {"errors", "files", "flags", "distributed"}
+GROUND = {"errors", "files", "flags", "launchers", "distributed"}
 # What each room may import beside itself. Training and evaluation never import each other.
 BELOW = {"data": GROUND}
 BELOW["prm"] = BELOW["data"] | {"data"}
