@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 BUCKET_BYTES = 256 * 2**20
+ROWS_AT_ONCE = 2**20  # that travel to rank 0, and that every rank has room for meanwhile
 
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 _store: dist.Store | None = None  # where the ranks have met
@@ -289,19 +290,28 @@ def sole_use(folder: Path) -> Iterator[None]:
 
 
 def gather_rows(rows: Tensor) -> list[Tensor] | None:
-    """Every rank's 1-D tensor, in rank order, on rank 0; None elsewhere. Lengths may differ."""
-    mine = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    mine[rank()] = len(rows)
-    counts = all_reduce_sum(mine).tolist()
-    if rank():
-        dist.send(rows.contiguous(), dst=0)
-        return None
-    parts = [rows]
-    for source, count in enumerate(counts[1:], start=1):
-        part = torch.empty(count, dtype=rows.dtype, device=rows.device)
-        dist.recv(part, src=source)
+    """Every rank's 1-D tensor, in rank order, on rank 0's CPU; None elsewhere. Lengths may differ.
+
+    Each rank broadcasts its rows in pieces: that needs no connections but those of training, and
+    of a full GPU no more than a piece.
+    """
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    lengths[rank()] = len(rows)
+    counts = all_reduce_sum(lengths).tolist()
+    parts = [rows.cpu()]
+    for source in range(1, world_size()):
+        part = torch.empty(0 if rank() else counts[source], dtype=rows.dtype)
+        for start in range(0, counts[source], ROWS_AT_ONCE):
+            place = slice(start, min(start + ROWS_AT_ONCE, counts[source]))
+            if rank() == source:
+                piece = rows[place].contiguous()
+            else:
+                piece = rows.new_empty(place.stop - start)
+            dist.broadcast(piece, src=source)
+            if rank() == 0:
+                part[place] = piece
         parts.append(part)
-    return parts
+    return None if rank() else parts
 
 
 def all_gather_texts(text: str) -> list[str]:

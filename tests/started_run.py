@@ -54,6 +54,31 @@ def rank_environments(num_ranks: int) -> list[dict[str, str]]:
     ]
 
 
+@contextlib.contextmanager
+def started_ranks(
+    *command: object, world_size: int, seconds_between: float = 0
+) -> Iterator[list[subprocess.Popen]]:
+    """Ranks that run a Python command; gone at the end of the block."""
+    ranks = []
+    for environment in rank_environments(world_size):
+        time.sleep(seconds_between if ranks else 0)
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
 class Run:
     """A run in a folder; each start goes on with what the folder holds."""
 

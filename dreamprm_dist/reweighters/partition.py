@@ -61,10 +61,10 @@ class RowPartition:
         parts = distributed.gather_rows(values)
         if parts is None:
             return None
-        result = torch.empty(self.total, dtype=values.dtype, device=values.device)
+        result = torch.empty(self.total, dtype=values.dtype)
         for rank, part in enumerate(parts):
             shards = owned_shards(self.num_shards, rank, self.world_size)
             counts = [self._rows_per_shard[shard] for shard in shards]
             for shard, rows in zip(shards, part.split(counts), strict=True):
                 result[shard :: self.num_shards] = rows
-        return result.cpu()
+        return result
