@@ -1,6 +1,7 @@
 """Start-up of the ranks, and their collectives by name: the only user of torch.distributed."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ ROWS_AT_ONCE = 2**20  # that travel to rank 0, and that every rank has room for 
 
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 _store: dist.Store | None = None  # where the ranks have met
+_long_works = itertools.count()  # every rank counts the same
 
 
 class RankLostError(ConnectionError):
@@ -329,9 +331,21 @@ def broadcast_text(text: str) -> str:
 
 
 def text_of_long_work(work: Callable[[], str]) -> str:
-    """Rank 0's text from `work` on every rank, which wait beyond any collective_timeout."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    box = [work() if rank() == 0 else ""]
-    dist.broadcast_object_list(box, src=0, group=group)
-    dist.destroy_process_group(group)
-    return box[0]
+    """Rank 0's text from `work` on every rank, which wait beyond any collective_timeout.
+
+    Raises:
+        RankLostError: rank 0 has ended meanwhile.
+    """
+    assert _store is not None
+    key = f"long work/{next(_long_works)}"
+    if rank() == 0:
+        _store.set(key, text := work())
+        return text
+    try:
+        while not _store.check([key]):
+            time.sleep(0.2)
+        return _store.get(key).decode()
+    except RuntimeError as error:  # the store is gone
+        raise RankLostError(
+            f"rank {rank()} waited for rank 0 in vain: it has ended; look at its log"
+        ) from error

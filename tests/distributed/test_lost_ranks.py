@@ -1,15 +1,10 @@
 """Ranks that wait for each other: one that hangs or is killed is named, one that is late is not."""
 
-import contextlib
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from started_run import rank_environments
+from started_run import started_ranks
 
 WORLD_SIZE = 4
 LONG_WORK = """
@@ -18,32 +13,19 @@ from dreamprm_dist import distributed
 
 distributed.initialize("cpu", 1 / 60)
 print(distributed.text_of_long_work(lambda: time.sleep(3) or "done"))
+print(distributed.text_of_long_work(lambda: "again"))
 distributed.shutdown()
 """
+FAILED_WORK = """
+from dreamprm_dist import distributed
+from dreamprm_dist.errors import InputError
 
+def fail():
+    raise InputError("the file is bad")
 
-@contextlib.contextmanager
-def started(
-    *command: str, world_size: int, seconds_between: float = 0
-) -> Iterator[list[subprocess.Popen]]:
-    ranks = []
-    for environment in rank_environments(world_size):
-        time.sleep(seconds_between if ranks else 0)
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        yield ranks
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+with distributed.joined("cpu"):
+    distributed.text_of_long_work(fail)
+"""
 
 
 @pytest.mark.parametrize(
@@ -57,7 +39,7 @@ def started(
 )
 def test_it_is_named(lost: list[int], how: signal.Signals, rank_0_says: str | None):
     worker = Path(__file__).with_name("roll_call_worker.py")
-    with started(str(worker), str(4 / 60), world_size=WORLD_SIZE) as ranks:
+    with started_ranks(str(worker), str(4 / 60), world_size=WORLD_SIZE) as ranks:
         for process in ranks:
             assert process.stdout.readline() == "begun\n"
         for rank in lost:
@@ -70,7 +52,15 @@ def test_it_is_named(lost: list[int], how: signal.Signals, rank_0_says: str | No
 
 def test_a_late_start_and_long_work_of_rank_0_are_waited_for():
     """Both take three times as long as a collective waits."""
-    with started("-c", LONG_WORK, world_size=2, seconds_between=3) as ranks:
+    with started_ranks("-c", LONG_WORK, world_size=2, seconds_between=3) as ranks:
         for process in ranks:
             out, error = process.communicate(timeout=240)
-            assert (process.returncode, out) == (0, "done\n"), error
+            assert (process.returncode, out) == (0, "done\nagain\n"), error
+
+
+def test_long_work_that_fails_is_not_waited_for():
+    with started_ranks("-c", FAILED_WORK, world_size=2) as ranks:
+        said = [process.communicate(timeout=240)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [2, 2]
+    assert said[0] == "error: the file is bad\n"
+    assert "error: rank 1 waited for rank 0 in vain: it has ended; look at its log\n" in said[1]
