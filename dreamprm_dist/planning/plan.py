@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
+import torch
+
 from dreamprm_dist.flags import AtLeastOne, Count, FlagGroup, Positive, flag
 from dreamprm_dist.planning.gpus import GPUS, USABLE
 from dreamprm_dist.planning.iteration import Counted, count_iteration
 from dreamprm_dist.planning.workload import Workload
 from dreamprm_dist.training.config import BATCH_FLAGS, TrainConfig
-from dreamprm_dist.training.strategy import strategy_name
+from dreamprm_dist.training.strategy import resolved_strategy
 
 GIB = 2**30
 
@@ -99,7 +101,7 @@ class Plan:
             f"{train.model.reward_model}: {counted.parameters / 1e6:,.0f} M parameters, "
             f"{counted.trained / 1e6:,.0f} M trained, {train.model.precision}",
             f"{train.kind} on {config.num_gpus} x {config.gpu}, "
-            f"{strategy_name(train.run.strategy, 'cuda')}: {batches}, "
+            f"{resolved_strategy(train.run.strategy, torch.device('cuda'))}: {batches}, "
             f"{train.upper.unroll_steps} lower step(s) per iteration",
             f"memory for instances of {self.largest.described}",
         ]

@@ -21,13 +21,18 @@ def attention_implementation(device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
+def attention_in_use(model: InternVLForConditionalGeneration) -> str:
+    """transformers' name of the attention that the model computes with."""
+    return model.config._attn_implementation
+
+
 @contextlib.contextmanager
 def forward_mode(model: InternVLForConditionalGeneration) -> Iterator[None]:
     """Run a block with attention that has forward-mode tangents, which no flash kernel has.
 
     There is no backward pass through it.
     """
-    before = model.config._attn_implementation
+    before = attention_in_use(model)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     hooks = [norm.register_forward_hook(_narrow_tangent) for norm in norms]
     model.set_attn_implementation(FORWARD_MODE)

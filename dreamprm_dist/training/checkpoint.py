@@ -108,7 +108,10 @@ def save_checkpoint(
             folder.mkdir(exist_ok=True)
             clear_leftovers(folder)
             new.mkdir()
-            described = state | {"world_size": distributed.world_size(), "versions": _versions()}
+            described = state | {
+                "world_size": distributed.world_size(),
+                "versions": library_versions(),
+            }
             (new / STATE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     def write() -> None:
@@ -181,10 +184,10 @@ def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful
     path, saved_by = checkpoint.path, checkpoint.state["world_size"]
     logger.info("resuming from %s", path)
     for name, saved in checkpoint.state["versions"].items():
-        if _versions()[name] != saved:
+        if library_versions()[name] != saved:
             logger.warning(
                 "%s was made with %s %s, this is %s: results may differ in their last digits",
-                *(path, name, saved, _versions()[name]),
+                *(path, name, saved, library_versions()[name]),
             )
     if saved_by == distributed.world_size():
         engine.load(path / "deepspeed")
@@ -198,6 +201,11 @@ def load_checkpoint(checkpoint: Checkpoint, engine: Engine, reweighter: Stateful
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng:
         torch.cuda.set_rng_state(rng["cuda"], engine.device)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide about last digits."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 class SavedTensors(Mapping[str, Tensor]):
@@ -229,10 +237,6 @@ def _validation_loss(path: Path) -> float:
     except (OSError, ValueError):  # damaged, and so not the best
         return math.inf
     return math.inf if math.isnan(loss) else loss
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext
-from dreamprm_dist.training.announce import end_text, start_text, time_text
+from dreamprm_dist.training.announce import end_text, setting_of, start_text, time_text
 from dreamprm_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.training.config import TrainConfig, save_config
 from dreamprm_dist.training.engine import Engine
@@ -151,7 +151,8 @@ class TrainingRun:
         reweighter: Reweighter = make(config.reweighter, config.meta_optimizer, context)
         self.trainer = BilevelTrainer(engine, reweighter, config, label_ids, ghost)
         self._warned_of_negative_weights = False
-        logger.info(start_text(config, train_shards, meta_shards, distributed.world_size()))
+        setting = setting_of(prm, config, device, distributed.world_size())
+        logger.info(start_text(config, train_shards, meta_shards, setting))
 
     def _batches(
         self,

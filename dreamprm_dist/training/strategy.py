@@ -16,10 +16,10 @@ if not DS_CONFIGS.is_dir():  # a checkout has it beside the package, where users
     DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
-def strategy_name(strategy: str, device_type: str) -> str:
-    """The name of a strategy's file; `default` depends on the device."""
+def resolved_strategy(strategy: str, device: torch.device) -> str:
+    """The name of a file in ds_configs/, also for `default`."""
     if strategy == "default":
-        return "zero2" if device_type == "cuda" else "zero2_cpu"
+        return "zero2" if device.type == "cuda" else "zero2_cpu"
     return strategy
 
 
@@ -35,7 +35,7 @@ def deepspeed_config(
     Raises:
         InputError: the JSON sets a value that the configuration owns to something else.
     """
-    file = DS_CONFIGS / f"{strategy_name(config.run.strategy, device.type)}.json"
+    file = DS_CONFIGS / f"{resolved_strategy(config.run.strategy, device)}.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     lower = config.lower
     owned = {

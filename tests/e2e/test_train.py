@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def test_a_run_says_what_it_is_and_what_is_next(
     assert "global batch 4 = 1 rank(s) x batch_size 4 x gradient_accumulation 1\n" in said
     assert "meta batch 4 = 1 rank(s) x meta_batch_size 4 x meta_gradient_accumulation 1\n" in said
     assert "3 iterations x 1 lower step(s) = 0.188 epochs, 1 checkpoint(s)" in said
+    stands_on = r"\non CPU: precision fp32, attention sdpa, strategy zero2_cpu, ([\d,]+) of \1 "
+    assert re.search(stands_on + r"parameters trained\ntorch 2\S+, deepspeed 0\S+, transfor", said)
     assert "dry run: nothing is trained or written" in said
     assert not folder.exists()
 
