@@ -1,6 +1,6 @@
 """The whole job on a small embedded default: data, cold start, weights, baselines, Best-of-N.
 
-`make demo` runs it on two ranks. Every stage is the command that a user runs at scale.
+`make demo` runs it on two ranks, on the CPU. Every stage is the command that a user runs at scale.
 """
 
 import argparse
@@ -109,9 +109,10 @@ class Demo:
 
     def _on_ranks(self, stage: str, script: str, *arguments: object) -> None:
         """Run a stage that is a script of `launch/` on two ranks."""
+        # The model is a CPU's size, and a machine with one GPU would have none for the second rank.
         self._python(
             *(stage, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", NUM_RANKS),
-            *(LAUNCH / script, *arguments),
+            *(LAUNCH / script, *arguments, "--device", "cpu"),
         )
 
     def _python(self, stage: str, *arguments: object) -> None:
