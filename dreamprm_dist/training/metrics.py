@@ -37,7 +37,8 @@ FIELDS = {
     "bad_steps": "steps since the last line that were skipped for a NaN or infinite value",
     "seconds_checkpoint": "the last checkpoint, in the line after it",
     "checkpoint_bytes": "its size",
-    "peak_memory_gib": "most memory of a rank so far (GPU memory, or resident set on a CPU)",
+    "peak_memory_gib": "most memory of a rank so far: live tensors in torch's GPU allocator, not "
+    "its unused blocks, NCCL's buffers or the CUDA context; on a CPU the process's resident set",
 }
 
 
@@ -110,7 +111,7 @@ class PhaseTimer:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: GPU allocations, or the resident set of the process on a CPU."""
+    """Most memory so far: live tensors on the GPU, or the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every platform
