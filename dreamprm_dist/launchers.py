@@ -129,8 +129,8 @@ class View(NamedTuple):
 def own_gpus(views: Sequence[View]) -> list[int]:
     """Each rank's GPU, by its place among those that the rank sees; no two ranks share one.
 
-    That is the one of its local rank or, where it sees fewer or that one is taken, the next free
-    one: so a rank that was given a GPU for itself alone has that.
+    They choose in turn: the one of the local rank or, where a rank sees fewer or that one is taken,
+    the next free one. So a rank that was given a GPU for itself alone has that.
 
     Args:
         views: what each rank sees.
@@ -138,10 +138,9 @@ def own_gpus(views: Sequence[View]) -> list[int]:
     Raises:
         InputError: a rank sees no GPU, or none that is free.
     """
-    places = [0] * len(views)
+    places: list[int] = []
     owners: dict[tuple[str, str], int] = {}
-    for rank in sorted(range(len(views)), key=lambda r: views[r].local_rank):
-        host, local_rank, gpus = views[rank]
+    for rank, (host, local_rank, gpus) in enumerate(views):
         free = [g for g in gpus[local_rank:] + gpus if (host, g) not in owners]
         if not free:
             if not gpus:
@@ -155,7 +154,7 @@ def own_gpus(views: Sequence[View]) -> list[int]:
                 f"{users}; start at most one rank for each GPU, or use --device cpu"
             )
         owners[host, free[0]] = rank
-        places[rank] = gpus.index(free[0])
+        places.append(gpus.index(free[0]))
     return places
 
 

@@ -100,6 +100,7 @@ def views(*gpus: str, hosts: str = "", local_ranks: str = "") -> list[View]:
         (views("AB", "AB", local_ranks="10"), [1, 0]),
         # Several launchers on one machine, each counting from 0.
         (views("AB", "AB", local_ranks="00"), [0, 1]),
+        (views("ABCD", "ABCD", "ABCD", "ABCD", local_ranks="0101"), [0, 1, 2, 3]),
         (views("AB", "AB", "CD", "CD", local_ranks="0101"), [0, 1, 0, 1]),
         # Two machines, one of which has the other's names for its GPUs.
         (views("AB", "AB", "AB", "AB", hosts="aabb", local_ranks="0101"), [0, 1, 0, 1]),
