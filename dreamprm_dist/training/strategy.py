@@ -35,7 +35,8 @@ def deepspeed_config(
     Raises:
         InputError: the JSON sets a value that the configuration owns to something else.
     """
-    file = DS_CONFIGS / f"{resolved_strategy(config.run.strategy, device)}.json"
+    strategy = resolved_strategy(config.run.strategy, device)
+    file = DS_CONFIGS / f"{strategy}.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     lower = config.lower
     owned = {
