@@ -28,7 +28,7 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.7.1,<3",  # 2.7.0 may hang where NCCL is bound to a device
+        "torch>=2.9,<3",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.24,<6",
         "accelerate>=1.8,<2",
