@@ -30,12 +30,19 @@ def rendezvous_of_a_late_reader(*arguments, **options) -> Iterator[tuple]:
         yield LateReader(store), *numbers
 
 
+def say_what_is_started(backend: str, device_id: torch.device, **_) -> None:
+    tf32 = torch.backends.cudnn.allow_tf32
+    sys.exit(f"{backend} on {device_id}, as {chosen[0]}, TF32 {tf32}")
+
+
 device, *seen = sys.argv[1:]
 rendezvous = torch.distributed.rendezvous
 if os.environ["RANK"] == "1":
     torch.distributed.rendezvous = rendezvous_of_a_late_reader
 distributed._visible_gpus = lambda: list(seen[int(os.environ["RANK"])])
-torch.cuda.set_device = sys.exit  # there is nothing to go on with
+chosen: list[torch.device] = []
+torch.cuda.set_device = chosen.append
+torch.distributed.init_process_group = say_what_is_started  # there is nothing to go on with
 try:
     distributed.initialize(device)
 except InputError as error:

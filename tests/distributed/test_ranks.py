@@ -6,6 +6,7 @@ import pytest
 from started_run import started_ranks
 
 HERE = Path(__file__).parent
+STARTED = "nccl on cuda:{0}, as cuda:{0}, TF32 False"
 
 
 def said(worker: str, *arguments: object, world_size: int) -> list[tuple[int, str, str]]:
@@ -24,8 +25,8 @@ def test_rows_come_to_rank_0_bit_for_bit_in_pieces(lengths: tuple[int, ...]):
 @pytest.mark.parametrize(
     ("device", "gpus", "ends"),
     [
-        ("auto", ("AB", "AB"), ["cuda:0", "cuda:1"]),
-        ("cuda", ("A", "B"), ["cuda:0", "cuda:0"]),
+        ("auto", ("AB", "AB"), [STARTED.format(0), STARTED.format(1)]),
+        ("cuda", ("A", "B"), [STARTED.format(0)] * 2),
         # What CUDA_VISIBLE_DEVICES=0 leaves to both ranks of a machine.
         ("auto", ("A", "A"), ["rank 1 has no GPU: the 1 that it sees on "] * 2),
         ("auto", ("A", ""), ["rank 1 finds no GPU on "] * 2),
