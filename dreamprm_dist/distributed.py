@@ -27,6 +27,7 @@ ROWS_AT_ONCE = 2**20  # that travel to rank 0, and that every rank has room for 
 
 _roll_call: dist.ProcessGroup | None = None  # nothing else uses it, so nothing has failed on it
 _store: dist.Store | None = None  # where the ranks have met
+_device: torch.device | None = None  # of this rank, as long as it is in the process group
 _long_works = itertools.count()  # every rank counts the same
 
 
@@ -35,7 +36,7 @@ class RankLostError(ConnectionError):
 
 
 def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.device:
-    """Join the process group and choose this rank's device.
+    """Join the process group, once, and choose this rank's device.
 
     Args:
         device: auto | cuda | cpu.
@@ -45,7 +46,9 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         InputError: a rank has no GPU of its own, where cuda is asked for or others have one; or the
             environment contradicts itself about the ranks.
     """
-    global _roll_call, _store
+    global _device, _roll_call, _store
+    if _device is not None:  # the benchmarks make several runs
+        return _device
     launchers.adopt_environment()
     gpus = [] if device == "cpu" else _visible_gpus()
     timeout = timedelta(minutes=timeout_minutes)
@@ -77,6 +80,7 @@ def initialize(device: str = "auto", timeout_minutes: float = 30.0) -> torch.dev
         nvidia_smi = shutil.which("nvidia-smi") is not None
         if warning := launchers.missing_gpus(os.environ, nvidia_smi, torch.version.cuda):
             logger.warning(warning)
+    _device = chosen
     return chosen
 
 
@@ -208,10 +212,10 @@ def _says(error: BaseException) -> bool:
 
 def shutdown() -> None:
     """Leave the process group, and take back what was written into the environment."""
-    global _roll_call
+    global _device, _roll_call
     if dist.is_initialized():
         dist.destroy_process_group()
-        _roll_call = None
+        _device = _roll_call = None
     launchers.restore_environment()
 
 
