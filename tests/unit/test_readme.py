@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from dreamprm_dist.planning.plan import PlanConfig
 from dreamprm_dist.training.config import TrainConfig, parse_train_config
 from dreamprm_dist.training.metrics import FIELDS
 
@@ -80,8 +81,8 @@ def flag_rows() -> list[str]:
     """A line for each flag, as the README must have it."""
     config = parse_train_config([])
     rows = []
-    for part in dataclasses.fields(TrainConfig):
-        section = getattr(config, part.name)
+    sections = [getattr(config, part.name) for part in dataclasses.fields(TrainConfig)]
+    for section in [*sections, PlanConfig()]:
         hints = get_type_hints(type(section))
         rows.append(f"### {type(section)._argument_group_name.capitalize()}")
         for field in dataclasses.fields(section):
