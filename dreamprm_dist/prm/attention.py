@@ -1,22 +1,24 @@
 """The choice of attention, and one that forward-mode differentiation knows."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers import AttentionInterface, InternVLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import is_flash_attn_2_available
 
 FORWARD_MODE = "forward_mode"
+SCORES_BYTES = 256 * 2**20  # weights, their tangents and a temporary are as large again
 
 
 def attention_implementation(device: torch.device, dtype: torch.dtype) -> str:
-    """flash_attention_2 for bf16 on CUDA when flash-attn is installed, else torch's SDPA."""
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if has_flash and device.type == "cuda" and dtype == torch.bfloat16:  # it knows no float32
+    """flash_attention_2 for bf16 on CUDA when flash-attn 2 is installed, else torch's SDPA."""
+    # It knows no float32.
+    if device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available():
         return "flash_attention_2"
     return "sdpa"
 
@@ -65,23 +67,26 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        """Query (N, G, L, D), scaled; key and value (N, L, D), each for G heads of the query."""
+        """Query (N, P, G, D), scaled; key and value (N, L, D), each for G heads of the query.
+
+        If causal, the P positions of the query are the last of the L of the key.
+        """
         scores = query.flatten(1, 2) @ key.mT
         if causal:
-            length = key.shape[1]
-            future = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1)
+            positions, length = query.shape[1], key.shape[1]
+            future = torch.ones(positions, length, dtype=torch.bool, device=key.device)
+            future = future.triu(length - positions + 1)[:, None]
             scores.view(*query.shape[:3], length).masked_fill_(future, -torch.inf)
         weights = torch.softmax(scores, -1)
-        output = weights @ value
-        ctx.save_for_forward(query, key, value, weights, output)
-        return output.view_as(query)
+        ctx.save_for_forward(query, key, value, weights)
+        return (weights @ value).view_as(query)
 
     @staticmethod
     def jvp(
         ctx, query_t: Tensor | None, key_t: Tensor | None, value_t: Tensor | None, _: None
     ) -> Tensor:
-        """With w = softmax(s): d(w v) = (w s') v - sum(w s') w v + w v', products elementwise."""
-        query, key, value, weights, output = ctx.saved_tensors
+        """With w = softmax(s) and w' = w (s' - sum(w s')) elementwise: d(w v) = w' v + w v'."""
+        query, key, value, weights = ctx.saved_tensors
         scores_t = tangent = None
         if query_t is not None:
             scores_t = query_t.flatten(1, 2) @ key.mT
@@ -89,7 +94,9 @@ class _Attention(torch.autograd.Function):
             scores_t = _plus_product(scores_t, query.flatten(1, 2), key_t.mT)
         if scores_t is not None:
             scores_t *= weights
-            tangent = scores_t @ value - scores_t.sum(-1, keepdim=True) * output
+            scores_t.addcmul_(weights, scores_t.sum(-1, keepdim=True), value=-1)
+            # The sum of w' is 0. Without what all values share, TF32 has nothing large to cancel.
+            tangent = scores_t @ (value - value.mean(1, keepdim=True))
         if value_t is not None:
             tangent = _plus_product(tangent, weights, value_t)
         assert tangent is not None  # torch calls this where an input has a tangent
@@ -113,20 +120,47 @@ def _forward_mode(
     """Attention as transformers calls it: query (B, H, L, D), key and value (B, H / G, L, D).
 
     There is no mask but the causal one: batches are padded on the right. bf16 is computed in
-    float32, as by SDPA's mathematical kernel. Where nothing moves, as in layers outside of
-    `hypergradient_scope`, a flash kernel will do.
+    float32, as by SDPA's mathematical kernel, with TF32's products on CUDA. The query's positions
+    are taken in parts whose scores fit into `SCORES_BYTES`. Where nothing moves, as in layers
+    outside of `hypergradient_scope`, a flash kernel will do.
     """
     if all(forward_ad.unpack_dual(x).tangent is None for x in (query, key, value)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
         )
-    batch, heads, length, width = query.shape
+    (batch, heads, length, width), groups = query.shape, key.shape[1]
     causal = module.is_causal if is_causal is None else is_causal
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scaled = (query.to(dtype) * scaling).reshape(-1, heads // key.shape[1], length, width)
+    scaled = (query.to(dtype) * scaling).reshape(-1, heads // groups, length, width).transpose(1, 2)
     key, value = (x.to(dtype).reshape(-1, length, width) for x in (key, value))
-    output = _Attention.apply(scaled, key, value, causal).view(batch, heads, length, width)
-    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+    size = max(1, SCORES_BYTES // (batch * heads * length * dtype.itemsize))
+    with _tensor_cores(query.device, query.dtype):
+        parts = [
+            _Attention.apply(scaled[:, start:end], key[:, :seen], value[:, :seen], causal)
+            for start, end in pairwise([*range(0, length, size), length])
+            for seen in [end if causal else length]
+        ]
+    output = torch.cat(parts, 1).view(batch, groups, length, -1, width).transpose(1, 2)
+    return output.reshape(batch, length, heads, width).to(query.dtype), None
+
+
+@contextlib.contextmanager
+def _tensor_cores(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Products of float32 within the block are TF32's, if bf16 on CUDA is computed there.
+
+    TF32 keeps 11 bits of a factor. bf16 has 8, so it fits, and what else is cut is cut less than by
+    the rounding to bf16 that follows.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 AttentionInterface.register(FORWARD_MODE, _forward_mode)
