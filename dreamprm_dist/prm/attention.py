@@ -7,11 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from transformers import AttentionInterface, InternVLForConditionalGeneration
+from transformers import AttentionInterface, Cache, InternVLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
-FORWARD_MODE = "forward_mode"
+FLASH, FORWARD_MODE = "flash_attention_2", "forward_mode"
 SCORES_BYTES = 256 * 2**20  # weights, their tangents and a temporary are as large again
 
 
@@ -19,13 +19,38 @@ def attention_implementation(device: torch.device, dtype: torch.dtype) -> str:
     """flash_attention_2 for bf16 on CUDA when flash-attn 2 is installed, else torch's SDPA."""
     # It knows no float32.
     if device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available():
-        return "flash_attention_2"
+        return FLASH
     return "sdpa"
 
 
 def attention_in_use(model: InternVLForConditionalGeneration) -> str:
     """transformers' name of the attention that the model computes with."""
     return model.config._attn_implementation
+
+
+def sequence_lengths(
+    implementation: str | None, embeddings: Tensor, cache: Cache | None
+) -> dict[str, Tensor | int]:
+    """Tell flash attention that a batch of one, (1, L, width), is one sequence.
+
+    Else transformers looks for several in the positions, in every layer, and waits for the device
+    to show them. In larger batches it looks for none.
+    """
+    batch, length, _ = embeddings.shape
+    # A sliding window's layer keeps fewer keys than the cache has seen.
+    if implementation != FLASH or batch > 1 or (cache is not None and any(cache.is_sliding)):
+        return {}
+    keys = length + (0 if cache is None else cache.get_seq_length())
+    ends_q, ends_k = (
+        torch.arange(0, n + 1, n, dtype=torch.int32, device=embeddings.device)
+        for n in (length, keys)
+    )
+    return {
+        "cu_seq_lens_q": ends_q,
+        "cu_seq_lens_k": ends_k,
+        "max_length_q": length,
+        "max_length_k": keys,
+    }
 
 
 @contextlib.contextmanager

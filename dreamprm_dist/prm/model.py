@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
+    Cache,
     InternVLConfig,
     InternVLForConditionalGeneration,
     PreTrainedTokenizerBase,
@@ -24,7 +25,12 @@ from transformers import (
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.flags import FlagGroup, flag
 from dreamprm_dist.prm import layout
-from dreamprm_dist.prm.attention import attention_implementation, forward_mode
+from dreamprm_dist.prm.attention import (
+    attention_implementation,
+    attention_in_use,
+    forward_mode,
+    sequence_lengths,
+)
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 from dreamprm_dist.prm.model_folder import CONFIG, fetch_model, read_state, resolve_model
@@ -91,16 +97,6 @@ class PRM(nn.Module):
         """Width of the last hidden states."""
         return self.model.model.language_model.config.hidden_size
 
-    @property
-    def no_mask(self) -> dict[str, None] | None:
-        """What the language model takes as its mask where there is none but the causal one.
-
-        Without it transformers looks at the positions for packed sequences, which waits for the
-        device. A layer with a sliding window would need its mask.
-        """
-        layer_types = set(self.model.model.language_model.config.layer_types)
-        return {"full_attention": None} if layer_types == {"full_attention"} else None
-
     def forward(self, batch: Batch) -> StepOutput:
         """Logits and hidden states at the batch's n step positions."""
         if batch.pixel_values is not None:
@@ -114,9 +110,7 @@ class PRM(nn.Module):
             embeddings = self.embed(batch.input_ids) + 0.0 * blank
         else:
             embeddings = self.embed(batch.input_ids)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeddings, attention_mask=self.no_mask, use_cache=False
-        ).last_hidden_state
+        hidden = self.read(embeddings)
         hidden = hidden[batch.step_rows, batch.step_positions]
         return StepOutput(self.model.lm_head(hidden), hidden)
 
@@ -135,6 +129,26 @@ class PRM(nn.Module):
             return embeddings
         mask = (input_ids == self.model.config.image_token_id)[..., None]
         return embeddings.masked_scatter(mask, features.to(embeddings.dtype))
+
+    def read(self, embeddings: Tensor, cache: Cache | None = None) -> Tensor:
+        """Last hidden states (B, L, width) of embeddings (B, L, width).
+
+        Args:
+            cache: keys and values of what stands before them, to which theirs are added.
+        """
+        language_model, mask = self.model.model.language_model, None
+        lengths = sequence_lengths(attention_in_use(self.model), embeddings, cache)
+        if cache is None and set(language_model.config.layer_types) == {"full_attention"}:
+            # There is none but the causal one. Else transformers looks at the positions for packed
+            # sequences, and waits for the device.
+            mask = {"full_attention": None}
+        return language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            cache=cache,
+            use_cache=cache is not None,
+            **lengths,
+        ).last_hidden_state
 
     def _blank_image_features(self) -> Tensor:
         tile = torch.zeros(1, 3, self.tile_size, self.tile_size, device=self.model.device)

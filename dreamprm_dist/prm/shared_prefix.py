@@ -33,34 +33,33 @@ def step_logits(
     Returns:
         For each conversation (steps, vocabulary).
     """
-    backbone, device = prm.model.model, prm.model.device
+    config, device = prm.model.model.config, prm.model.device
     features = None
     if len(pixel_values):
         features = prm.image_features(pixel_values).flatten(0, 1)
     length = shared_length(conversations)
-    prefix = torch.tensor([conversations[0].input_ids[:length]], device=device)
+    prefix = conversations[0].input_ids[:length]
     ends = [torch.tensor(c.input_ids[length:]) for c in conversations]
     # Attention is causal: padding on the right changes nothing to its left. Any token will do but
     # an image's; the last one of a conversation is a line's end.
     padding = conversations[0].input_ids[-1]
     rest = nn.utils.rnn.pad_sequence(ends, batch_first=True, padding_value=padding).to(device)
 
-    language_model, cache = backbone.language_model, None
+    cache = None
     if length:
-        cache = DynamicCache(config=backbone.config.text_config)
-        shown = int((prefix == backbone.config.image_token_id).sum())
-        embeddings = prm.embed(prefix, None if features is None else features[:shown])
-        language_model(cache=cache, inputs_embeds=embeddings, use_cache=True)
+        cache = DynamicCache(config=config.text_config)
+        shown = prefix.count(config.image_token_id)
+        input_ids = torch.tensor([prefix], device=device)
+        prm.read(prm.embed(input_ids, None if features is None else features[:shown]), cache)
         cache.batch_repeat_interleave(len(conversations))
         features = None if features is None else features[shown:]
     if features is not None:
         features = features.repeat(len(conversations), 1)
-    embeddings = prm.embed(rest, features)
-    output = language_model(cache=cache, inputs_embeds=embeddings, use_cache=bool(length))
+    hidden = prm.read(prm.embed(rest, features), cache)
 
     rows = [row for row, c in enumerate(conversations) for _ in c.step_positions]
     positions = [position - length for c in conversations for position in c.step_positions]
-    logits = prm.model.lm_head(output.last_hidden_state[rows, positions])
+    logits = prm.model.lm_head(hidden[rows, positions])
     return list(logits.split([len(c.step_positions) for c in conversations]))
 
 
