@@ -25,6 +25,7 @@ class InputFormat:
         tokens_per_tile: image tokens of one tile.
         max_length: most tokens of an instance, the context length of the model.
         label_context: see `encode_conversation`.
+        tile_dtype: of the tiles; best the model's, to which it would cast them.
     """
 
     max_tiles: int
@@ -32,6 +33,7 @@ class InputFormat:
     tokens_per_tile: int = 256
     max_length: int = 32768
     label_context: str = "plus"
+    tile_dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Batch:
 
     Attributes:
         input_ids: (B, L) int64.
-        pixel_values: (U, 3, size, size) float32, or None when no instance has an image.
+        pixel_values: (U, 3, size, size) tiles, or None when no instance has an image.
         shown_tiles: (T,) the place in `pixel_values` of each tile in the order of the tokens.
         step_rows: (n,) the instance that each step belongs to, ascending.
         step_positions: (n,) the position in that instance whose logits score the step.
@@ -95,6 +97,10 @@ class Batch:
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, sample_ids=self.sample_ids)
 
+    def share_memory(self) -> "Batch":
+        """All where other processes can read it; RuntimeError if /dev/shm is full."""
+        return self._map(lambda tensor: tensor.share_memory_())
+
     def pin_memory(self) -> "Batch":
         """Called by DataLoader."""
         return self._map(lambda tensor: tensor.pin_memory())
@@ -121,12 +127,13 @@ def encode_instance(
     tiled = {} if tiled is None else tiled
     for data in images:
         if data not in tiled:
-            tiled[data] = image_tiles(data, format.max_tiles, format.tile_size)
-    tiles = [tiled[data] for data in images]
+            tiles = image_tiles(data, format.max_tiles, format.tile_size)
+            tiled[data] = tiles.to(format.tile_dtype)
+    shown = [tiled[data] for data in images]
     encoded = encode_conversation(
         conversations,
         tokenizer,
-        [len(t) for t in tiles],
+        [len(tiles) for tiles in shown],
         format.tokens_per_tile,
         format.label_context,
     )
@@ -136,7 +143,7 @@ def encode_instance(
             f"{format.max_length}; lower max_patch_num, now {format.max_tiles}, or leave the "
             "record out"
         )
-    return Instance(encoded, tiles, sample_id, true_false)
+    return Instance(encoded, shown, sample_id, true_false)
 
 
 def measure(

@@ -1,14 +1,16 @@
 """The two data streams of a run: each step's micro-batches of this rank, in the design's order."""
 
+import errno
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,11 @@ from dreamprm_dist.prm.batch import (
 from dreamprm_dist.training.preemption import leave_signals_to_the_rank
 
 logger = logging.getLogger(__name__)
+
+NO_ROOM = (
+    "the data workers have no room left in /dev/shm; give the container more of it (--shm-size, or "
+    "--ipc=host for the machine's), or read without workers: --num_workers 0"
+)
 
 
 @dataclass(kw_only=True)
@@ -113,17 +120,8 @@ class RankBatches(Dataset):
         self, first: int, count: int, num_workers: int, device: torch.device
     ) -> Iterator[list[Batch]]:
         """Items first to first + count - 1 on the device, read ahead by worker processes."""
-        loaded = iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=range(first, first + count),
-                num_workers=num_workers,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=leave_signals_to_the_rank,
-            )
-        )
-        return ([batch.to(device) for batch in micro_batches] for micro_batches in loaded)
+        steps = range(first, first + count)
+        return _loaded(self.__getitem__, steps, num_workers, device)
 
     def every_row(self, num_workers: int, device: torch.device) -> Iterator[Batch]:
         """Each row of this rank's shards once on the device, in micro-batches.
@@ -135,17 +133,11 @@ class RankBatches(Dataset):
             (shard, row) for shard in shards for row in range(self.shards.rows_per_shard[shard])
         ]
         size = self.micro_batch_size
-        loaded = DataLoader(
-            _Rows(self, rows),
-            batch_sampler=[
-                list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)
-            ],
-            collate_fn=self._collate,
-            num_workers=num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_rank,
-        )
-        return (batch.to(device) for batch in loaded)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return chain.from_iterable(_loaded(self._batch_of, parts, num_workers, device))
+
+    def _batch_of(self, rows: Sequence[tuple[int, int]]) -> list[Batch]:
+        return [self._collate([self.instance(*place) for place in rows])]
 
     def check_size(self) -> None:
         """Refuse a global batch that would hold an instance, or a question, twice."""
@@ -213,17 +205,62 @@ class RankBatches(Dataset):
                 )
 
 
-class _Rows(Dataset):
-    """Single instances by their place in a list of (shard, row)."""
+def _loaded(
+    read: Callable[[Any], list[Batch]], keys: Iterable, num_workers: int, device: torch.device
+) -> Iterator[list[Batch]]:
+    """What is read for each key, on the device; the workers start at once.
 
-    def __init__(self, batches: RankBatches, rows: list[tuple[int, int]]):
-        self._batches, self._rows = batches, rows
+    Raises:
+        InputError: what is read cannot be used, or has no room in shared memory.
+    """
+    loader = DataLoader(
+        _Items(read),
+        batch_size=None,
+        sampler=keys,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_rank,
+    )
+    return _received(iter(loader), device)
 
-    def __len__(self) -> int:
-        return len(self._rows)
 
-    def __getitem__(self, index: int):
-        return self._batches.instance(*self._rows[index])
+def _received(
+    items: Iterator[list[Batch] | InputError], device: torch.device
+) -> Iterator[list[Batch]]:
+    try:
+        for item in items:
+            if isinstance(item, InputError):
+                raise item
+            yield [batch.to(device) for batch in item]
+    except RuntimeError as error:
+        if "Bus error" in f"{error} {error.__cause__}":
+            raise InputError(NO_ROOM) from error
+        raise
+
+
+class _Items(Dataset):
+    """Batches in shared memory where a worker reads them, or the InputError in their place.
+
+    DataLoader moves them there itself, but when that fails it drops them: they would be waited for
+    without end. An exception it passes on, but as a traceback in place of the message.
+    """
+
+    def __init__(self, read: Callable[[Any], list[Batch]]):
+        self._read = read
+
+    def __getitem__(self, key: Any) -> list[Batch] | InputError:
+        try:
+            batches = self._read(key)
+        except InputError as error:
+            return error
+        if get_worker_info() is None:
+            return batches
+        try:
+            return [batch.share_memory() for batch in batches]
+        except RuntimeError as error:
+            if f"({errno.ENOSPC})" in str(error):
+                return InputError(NO_ROOM)
+            raise
 
 
 def _named(shards: ShardFolder | RowSubset, record: dict, problem: object) -> str:

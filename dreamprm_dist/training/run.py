@@ -98,6 +98,7 @@ class TrainingRun:
             tokens_per_tile=prm.tokens_per_tile,
             max_length=prm.max_length,
             label_context=config.data.label_context,
+            tile_dtype=prm.model.dtype,
         )
 
         lower, upper = config.lower, config.upper

@@ -1,6 +1,8 @@
 """Bad input is one sentence, with the file and the id."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,35 @@ def test_a_run_folder_that_is_taken(train, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert "already holds a run" in train()
+
+
+SMALL = """
+mount -t tmpfs -o size=256k tmpfs /dev/shm || exit 77
+exec "$@"
+"""
+
+
+def test_shared_memory_too_small_for_a_batch(tmp_path: Path, tiny_shards: Path, tiny_prm_dir: Path):
+    """As a container's 64 MB are for real tiles: the batch would else be waited for without end."""
+    flags = [
+        *("--train_json_file", tiny_shards / "train", "--meta_json_file", tiny_shards / "meta"),
+        *("--reward_model", tiny_prm_dir, "--weights_path", tmp_path / "run", "--device", "cpu"),
+        *("--batch_size", 32, "--meta_batch_size", 8, "--num_workers", 1, "--iteration_num", 1),
+    ]
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", SMALL, "sh"]
+    try:
+        done = subprocess.run(
+            [str(part) for part in (*command, sys.executable, TRAIN, *flags)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if done.returncode in (1, 77) and "Traceback" not in done.stderr:
+        pytest.skip(f"no /dev/shm of one's own: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr[-4000:]
+    message = done.stderr.split("\r")[-1]
+    assert "error: the data workers have no room left in /dev/shm" in message
+    assert "--num_workers 0" in message and "Traceback" not in done.stderr

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from data_tools.shard import shard_file
 from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm.batch import InputFormat
-from dreamprm_dist.prm.model import load_tokenizer
+from dreamprm_dist.prm.model import PRECISIONS, load_tokenizer
 from dreamprm_dist.training.loader import RankBatches
 
 LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 8
@@ -153,6 +153,14 @@ def test_adamws_eps_is_torchs(make_run):
         expected = old - LR * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(new, expected, rtol=0, atol=LR * 1e-3)
         assert (new - old).abs().max() > LR / 100
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_tiles_travel_in_the_models_dtype(make_run, precision: str):
+    run = make_run("--precision", precision, "--batch_size", "4")
+    window, meta = next(run.data())
+    found = {b.pixel_values.dtype for b in chain(*window, meta) if b.pixel_values is not None}
+    assert found == {PRECISIONS[precision]}
 
 
 def sample_ids(batches: list) -> set[int]:

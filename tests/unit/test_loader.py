@@ -1,7 +1,10 @@
-"""Batches of whole questions, and images that several instances of a batch show."""
+"""Batches of whole questions, images that several instances show, and worker processes."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,10 @@ from dreamprm_dist.losses import MetaLossConfig, meta_losses
 from dreamprm_dist.prm.batch import Batch, InputFormat, collate
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM, load_prm, load_tokenizer
+from dreamprm_dist.training import loader
 from dreamprm_dist.training.loader import RankBatches
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +174,54 @@ def test_data_that_teach_nothing_or_one_answer(
         batches.check_rows(torch.device("cpu"))
         messages = [r.getMessage() for r in caplog.records if "one answer" in r.getMessage()]
         assert len(messages) == (said is not None) and all(str(said) in text for text in messages)
+
+
+@torch.no_grad()
+def test_tiles_in_the_models_dtype_give_the_same_bits(tiny_shards: Path, tiny_prm_dir: Path):
+    """The model casts tiles to it first of all; so they need not travel as float32."""
+    rounded = load_prm(str(tiny_prm_dir), "bf16").eval()
+    batches = questions(tiny_shards, tiny_prm_dir, 2)
+    ((as_float32,),) = batches.stream(0, 1, 0, CPU)
+    batches.format = replace(batches.format, tile_dtype=rounded.model.dtype)
+    ((as_bf16,),) = batches.stream(0, 1, 1, CPU)
+    assert as_bf16.pixel_values.dtype == torch.bfloat16
+    assert 2 * as_bf16.pixel_values.nbytes == as_float32.pixel_values.nbytes
+    for name in (f.name for f in fields(Batch)):
+        first, second = getattr(as_float32, name), getattr(as_bf16, name)
+        assert (first is second is None) or torch.equal(first.to(second.dtype), second)
+    for mine, theirs in zip(rounded(as_bf16), rounded(as_float32), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_worker_cannot_read_is_said_in_one_sentence(
+    tiny_shards: Path, tiny_prm_dir: Path, num_workers: int
+):
+    """A worker's exception would arrive with its traceback as its message."""
+    batches = questions(tiny_shards, tiny_prm_dir, 2)
+    batches.format = replace(batches.format, max_length=9)
+    said = (
+        rf"^{batches.shards.path}: sample_id \d+ .* tokens are more than the model's context of 9;"
+    )
+    with pytest.raises(InputError, match=said):
+        next(batches.stream(0, 1, num_workers, CPU))
+    with pytest.raises(InputError, match=said):
+        next(batches.every_row(num_workers, CPU))
+
+
+def killed_by_a_bus_error(step: int) -> list[Batch]:
+    """As a worker that writes to memory that /dev/shm turns out not to have."""
+    os.kill(os.getpid(), signal.SIGBUS)
+    return []
+
+
+def broken(step: int) -> list[Batch]:
+    raise RuntimeError(f"step {step}")
+
+
+def test_a_worker_that_dies_of_a_bus_error():
+    """A full /dev/shm, as containers have it: `e2e/test_bad_input.py`."""
+    with pytest.raises(InputError, match=r"/dev/shm.*--shm-size.*--num_workers 0"):
+        next(loader._loaded(killed_by_a_bus_error, [0], 1, CPU))
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*step 3"):  # a bug stays one
+        next(loader._loaded(broken, [3], 1, CPU))
