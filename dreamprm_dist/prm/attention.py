@@ -91,17 +91,19 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
         """Query (N, P, G, D), scaled; key and value (N, L, D), each for G heads of the query.
 
-        If causal, the P positions of the query are the last of the L of the key.
+        With a window the P positions of the query are the last of the L of the key, and each sees
+        as many keys, up to its own; without one all see all.
         """
         scores = query.flatten(1, 2) @ key.mT
-        if causal:
+        if window is not None:
             positions, length = query.shape[1], key.shape[1]
-            future = torch.ones(positions, length, dtype=torch.bool, device=key.device)
-            future = future.triu(length - positions + 1)[:, None]
-            scores.view(*query.shape[:3], length).masked_fill_(future, -torch.inf)
+            first = length - positions
+            seen = torch.ones(positions, length, dtype=torch.bool, device=key.device)
+            seen = seen.tril(first).triu(first - window + 1)[:, None]
+            scores.view(*query.shape[:3], length).masked_fill_(~seen, -torch.inf)
         weights = torch.softmax(scores, -1)
         ctx.save_for_forward(query, key, value, weights)
         return (weights @ value).view_as(query)
@@ -140,16 +142,18 @@ def _forward_mode(
     attention_mask: None,
     scaling: float,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query (B, H, L, D), key and value (B, H / G, L, D).
 
-    There is no mask but the causal one: batches are padded on the right. bf16 is computed in
-    float32, as by SDPA's mathematical kernel, with TF32's products on CUDA. The query's positions
-    are taken in parts whose scores fit into `SCORES_BYTES`. Where nothing moves, as in layers
-    outside of `hypergradient_scope`, a flash kernel will do.
+    There is no mask but that of causality and a sliding window: batches are padded on the right.
+    bf16 is computed in float32, as by SDPA's mathematical kernel, with TF32's products on CUDA. The
+    query's positions are taken in parts whose scores fit into `SCORES_BYTES`. Where nothing moves,
+    as in layers outside of `hypergradient_scope`, a flash kernel will do.
     """
-    if all(forward_ad.unpack_dual(x).tangent is None for x in (query, key, value)):
+    moves = any(forward_ad.unpack_dual(x).tangent is not None for x in (query, key, value))
+    if not moves and sliding_window is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal
         )
@@ -158,10 +162,11 @@ def _forward_mode(
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaled = (query.to(dtype) * scaling).reshape(-1, heads // groups, length, width).transpose(1, 2)
     key, value = (x.to(dtype).reshape(-1, length, width) for x in (key, value))
+    window = (sliding_window or length) if causal else None
     size = max(1, SCORES_BYTES // (batch * heads * length * dtype.itemsize))
     with _tensor_cores(query.device, query.dtype):
         parts = [
-            _Attention.apply(scaled[:, start:end], key[:, :seen], value[:, :seen], causal)
+            _Attention.apply(scaled[:, start:end], key[:, :seen], value[:, :seen], window)
             for start, end in pairwise([*range(0, length, size), length])
             for seen in [end if causal else length]
         ]

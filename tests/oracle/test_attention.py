@@ -76,6 +76,34 @@ def test_values_and_tangents(
     torch.testing.assert_close(found[0].tangent, found[1].tangent, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("moves", [True, False])
+@pytest.mark.parametrize("scores_bytes", [attention.SCORES_BYTES, 2100])
+def test_a_sliding_window(moves: bool, scores_bytes: int, monkeypatch) -> None:
+    """Of three keys; nothing tells transformers to make a mask of it here."""
+    monkeypatch.setattr(attention, "SCORES_BYTES", scores_bytes)
+    torch.manual_seed(0)
+    shapes = [(BATCH, heads, LENGTH, WIDTH) for heads in (6, 2, 2)]
+    inputs, tangents = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(2))
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-2)
+    module = SimpleNamespace(is_causal=True)
+    found = []
+    for attend in (
+        lambda q, k, v: AttentionInterface()[FORWARD_MODE](
+            module, q, k, v, None, SCALING, sliding_window=3
+        )[0],
+        lambda q, k, v: scaled_dot_product_attention(
+            q, k, v, seen, scale=SCALING, enable_gqa=True
+        ).transpose(1, 2),
+    ):
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = list(map(forward_ad.make_dual, inputs, tangents)) if moves else inputs
+            found.append(forward_ad.unpack_dual(attend(*duals)))
+    torch.testing.assert_close(found[0].primal, found[1].primal, rtol=0, atol=1e-13)
+    assert moves == (found[0].tangent is not None)
+    if moves:
+        torch.testing.assert_close(found[0].tangent, found[1].tangent, rtol=0, atol=1e-13)
+
+
 class Products(TorchDispatchMode):
     """Batched products as CUDA has them if it heeds `fp32_precision`; notes their sizes in bytes.
 

@@ -179,3 +179,13 @@ def test_a_cache_that_forgets_is_left_to_transformers() -> None:
     )
     assert attention.sequence_lengths("sdpa", embeddings, None) == {}
     assert attention.sequence_lengths(attention.FLASH, embeddings, None)["max_length_k"] == 3
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_it_is_chosen_for_bf16_on_cuda_where_it_is_installed(installed: bool, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for device, dtype in ((cuda, torch.float32), (cpu, torch.bfloat16), (cpu, torch.float32)):
+        assert attention.attention_implementation(device, dtype) == "sdpa"
+    chosen = attention.attention_implementation(cuda, torch.bfloat16)
+    assert chosen == ("flash_attention_2" if installed else "sdpa")
