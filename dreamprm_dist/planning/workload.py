@@ -43,12 +43,12 @@ class Workload(NamedTuple):
             sharing: instances that show the same image.
         """
         rows, length = size * sharing, self.text_tokens + self.tiles * prm.tokens_per_tile
-        side = prm.tile_size
+        shape = size * self.tiles, 3, prm.tile_size, prm.tile_size
 
         def integers(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.long, device="meta")
 
-        tiles = torch.empty(size * self.tiles, 3, side, side, device="meta")
+        tiles = torch.empty(shape, dtype=prm.model.dtype, device="meta")
         return Batch(
             input_ids=integers(rows, length),
             pixel_values=tiles if self.tiles else None,

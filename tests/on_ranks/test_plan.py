@@ -50,7 +50,7 @@ def real_batch(prm: PRM, size: int) -> Batch:
     assert planned.pixel_values is not None
     return Batch(
         input_ids=input_ids,
-        pixel_values=torch.randn(planned.pixel_values.shape),
+        pixel_values=torch.randn(planned.pixel_values.shape, dtype=planned.pixel_values.dtype),
         shown_tiles=torch.arange(tiles),
         tile_rows=torch.arange(size).repeat_interleave(WORKLOAD.tiles),
         step_rows=torch.arange(size).repeat_interleave(WORKLOAD.steps),
