@@ -76,12 +76,14 @@ class Engine:
         parameters = [p for p in prm.parameters() if p.requires_grad]
         if not parameters:
             raise InputError("every parameter is frozen; unfreeze the vision tower or the model")
+        buffers = {name: buffer.dtype for name, buffer in prm.named_buffers()}
         lower = config.lower
         optimizer = torch.optim.AdamW(
             parameters,
             lr=lower.lr,
             betas=(lower.momentum, 0.999),
             weight_decay=lower.weight_decay,
+            fused=True,
         )
         schedule = build_schedule(
             lower.scheduler_type,
@@ -104,6 +106,8 @@ class Engine:
         )
         self._deepspeed.checkpoint_engine = CheckpointWriter()
         self.module: PRM = self._deepspeed.module
+        # RoPE's frequencies in bf16 would turn far positions by whole radians.
+        assert buffers == {name: buffer.dtype for name, buffer in self.module.named_buffers()}
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.zero = ZeroState(self._deepspeed, list(self.parameters.values()))
         self._scope = self.module.parameters_in(config.hypergradient.hypergradient_scope)
@@ -146,13 +150,15 @@ class Engine:
             all_weights.append(weights.detach())
             if tapped:
                 products.append(tapped.products)
+        if not (applied := self._deepspeed.was_step_applied()):
+            self.zero.drop_gradients()
         return LowerStep(
             lr=lr,
             losses=torch.cat(all_losses),
             weights=torch.cat(all_weights),
             products=torch.cat(products) if products else None,
             gradient_norm=float(self._deepspeed.get_global_grad_norm()),
-            applied=self._deepspeed.was_step_applied(),
+            applied=applied,
         )
 
     def meta_gradient(
@@ -189,22 +195,23 @@ class Engine:
         """
         optimizer = self.zero.optimizer
         (settings,) = {(g["betas"], g["eps"]) for g in optimizer.param_groups}
+        # Each is read once, for it may lie on the GPU.
+        steps = {p: float(optimizer.state[p].get("step", 0)) for p in self.zero.partitions}
         product = {name: torch.zeros_like(tangent) for name, tangent in v.items()}
         for name, tangent in v.items():
             fragment = self.zero.fragment(self.parameters[name])
             if fragment is None:  # none of it lies in this rank's partition
                 continue
             part = tangent.reshape(-1)[fragment.within]
-            factor = self._adam_derivative(fragment, *settings)
+            factor = self._adam_derivative(fragment, steps[fragment.partition], *settings)
             product[name].view(-1)[fragment.within] = part * factor.to(tangent.device)
         distributed.all_reduce_fragments(list(product.values()))
         return product
 
     def _adam_derivative(
-        self, fragment: Fragment, betas: tuple[float, float], eps: float
+        self, fragment: Fragment, step: float, betas: tuple[float, float], eps: float
     ) -> Tensor:
         state = self.zero.optimizer.state[fragment.partition]
-        step = float(state.get("step", 0))
         if self._last_gradients is None:
             if not step:
                 return torch.ones(())
@@ -244,6 +251,7 @@ class Engine:
         path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if path is None:
             raise InputError(f"{folder} holds no DeepSpeed checkpoint")
+        self.zero.fit_loaded_optimizer()
         follow_schedule(self._deepspeed.lr_scheduler)
 
     def load_universal(self, folder: Path, scratch: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib import resources
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 DS_CONFIGS = resources.files("dreamprm_dist") / "ds_configs"
 if not DS_CONFIGS.is_dir():  # a checkout has it beside the package, where users edit it
@@ -38,15 +41,26 @@ def deepspeed_config(
     strategy = resolved_strategy(config.run.strategy, device)
     file = DS_CONFIGS / f"{strategy}.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    lower = config.lower
+    zero = settings["zero_optimization"]
+    lower, bf16 = config.lower, config.model.precision == "bf16"
     owned = {
         "train_micro_batch_size_per_gpu": lower.batch_size,
         "gradient_accumulation_steps": lower.gradient_accumulation,
         "train_batch_size": lower.batch_size * lower.gradient_accumulation * world_size,
         "gradient_clipping": lower.gradient_clipping,
-        "bf16": {"enabled": config.model.precision == "bf16"},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
     }
+    if bf16 and lower.gradient_accumulation > 1:
+        if zero["stage"] == 2:
+            owned["data_types"] = {"grad_accum_dtype": "fp32"}
+        else:  # of stage 1 DeepSpeed would make another optimizer, which has no such partitions
+            logger.warning(
+                "%s adds up the gradients of %d micro-batches in bf16, which loses small ones; "
+                "zero2 adds them in float32",
+                strategy,
+                lower.gradient_accumulation,
+            )
     for key, value in owned.items():
         if settings.get(key, value) not in (value, "auto"):
             raise InputError(
@@ -56,7 +70,6 @@ def deepspeed_config(
     for key in ("optimizer", "scheduler"):
         if key in settings:
             raise InputError(f"{file}: {key} belongs to the configuration; leave it out")
-    zero = settings["zero_optimization"]
     if zero.get("overlap_comm"):
         # The gradient of a parameter that is larger than the bucket DeepSpeed reduces on a stream
         # of its own, and gives its memory away meanwhile.

@@ -120,6 +120,24 @@ class ZeroState:
         for name, value in snapshot.counters.items():
             setattr(self._engine, name, value)
 
+    def drop_gradients(self) -> None:
+        """Have the next step add to nothing of a skipped one.
+
+        With offload DeepSpeed keeps what it adds up in float32, NaN and all.
+        """
+        self._zero.averaged_gradients.clear()
+
+    def fit_loaded_optimizer(self) -> None:
+        """Have the optimizer step as it was built to, whatever the one in the checkpoint did.
+
+        DeepSpeed leaves the count of steps of a universal checkpoint on the CPU, where a fused step
+        on the GPU cannot read it.
+        """
+        for group, state in zip(self.optimizer.param_groups, self._states(), strict=True):
+            group["fused"] = self.optimizer.defaults["fused"]
+            if state:
+                state["step"] = state["step"].to(state["exp_avg"].device)
+
     def _states(self) -> list[dict[str, Tensor]]:
         return [self.optimizer.state[p] for p in self.partitions]
 
