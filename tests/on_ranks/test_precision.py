@@ -165,8 +165,8 @@ def test_v_is_preconditioned_at_the_gradient_of_the_step(make_run, name: str, st
         if (fragment := engine.zero.fragment(parameter)) is not None:
             part = found[key].flatten()[fragment.within].double()
             # Products are rounded to bf16.
-            torch.testing.assert_close(part, truth[fragment.place], rtol=5e-3, atol=1.0)
-    assert truth.abs().median() > 100
+            torch.testing.assert_close(part, truth[fragment.place], rtol=5e-3, atol=0.5)
+    assert truth.abs().median() > 10  # what is far from the truth is seen
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero2_offload"])
