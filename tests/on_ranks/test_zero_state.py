@@ -73,6 +73,7 @@ def test_what_is_set_on_deepspeed_is_there(make_run):
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
     assert callable(deepspeed.DeepSpeedEngine._copy_recovery_script)
     zero = make_run().trainer.engine.zero
+    assert isinstance(zero._zero.averaged_gradients, dict)  # for more see test_precision.py
     held = vars(zero._engine)
     assert {*COUNTERS} <= held.keys()
     assert held["_config"].load_universal_checkpoint is False
