@@ -125,10 +125,8 @@ class _Counter:
                 max(p.numel() for p in parameters),
                 self._world_size,
             )
-            # The fused AdamW of a GPU takes none; torch's plain one two tensors.
-            temporaries = 0 if self._device == "cuda" else 8
             keeps = config.hypergradient.preconditions and not ghost
-            self._zero = PlannedZero(parameters, settings, self._world_size, temporaries, keeps)
+            self._zero = PlannedZero(parameters, settings, self._world_size, keeps)
             counted.between = self._counter.live
             self._iterate()
             self._export()

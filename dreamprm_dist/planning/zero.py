@@ -25,7 +25,6 @@ class PlannedZero:
         parameters: the trained ones, in the optimizer's order.
         settings: from `deepspeed_config`.
         world_size: number of ranks.
-        temporaries: bytes per element of the partition that the optimizer's step takes.
         keeps_gradient: the engine keeps the gradient of the last step, for `precondition`.
 
     Attributes:
@@ -38,7 +37,6 @@ class PlannedZero:
         parameters: Sequence[Tensor],
         settings: Mapping[str, Any],
         world_size: int,
-        temporaries: int,
         keeps_gradient: bool,
     ):
         zero = settings["zero_optimization"]
@@ -47,7 +45,7 @@ class PlannedZero:
         self._bucket_size = int(zero["reduce_bucket_size"])
         self._keeps_others = zero["stage"] == 1
         self._offloads = "offload_optimizer" in zero
-        self._parameters, self._temporaries = parameters, temporaries
+        self._parameters = parameters
         self._keeps_gradient = keeps_gradient
         self._last_gradient: Tensor | None = None
         self._dtype = parameters[0].dtype
@@ -93,16 +91,15 @@ class PlannedZero:
             self._drop_gradients()
 
     def step(self) -> None:
-        """An optimizer step: its temporary tensors, and no gradient in the end."""
-        on_meta(self.largest_part, torch.float64)  # for the norm
+        """A fused optimizer step: its temporary tensors, and no gradient in the end."""
         if not self._offloads:
+            on_meta(self.largest_part, torch.float64)  # for the norm
             flat = self._gradient.get(None)
             if flat is None:
                 flat = on_meta(self.partition_size)
             self._gradient = {}
             if self._keeps_gradient:
                 self._last_gradient = flat
-            on_meta(self._temporaries * self.partition_size, torch.uint8)
         self._gradient = {}
         self._drop_gradients()
 
@@ -146,6 +143,9 @@ class _Bucket:
                 if None not in zero._gradient:
                     zero._gradient[None] = on_meta(zero.partition_size)
                 on_meta(own)  # its part in float32, which is added there
+            elif own and zero._offloads:
+                on_meta(own, torch.float64)  # for the norm, before it goes to the CPU
+                parameter.grad = None
             elif own:
                 gradient = parameter.grad
                 if zero._contiguous:

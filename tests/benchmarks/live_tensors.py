@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,26 +24,20 @@ class PhasePeaks:
     On a CPU enter it and leave it around all of the work; several repeats make it sure.
 
     Attributes:
-        peaks: once it is left, the most bytes of tensors in each phase that were not there before.
+        peaks: once it is left, the most bytes of tensors in each phase; on a CPU of those that were
+            not there before.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._before = self._live()
+        self._others = weakref.WeakSet(_storages(device))
         self._starts: list[int] = []
         self.peaks: dict[str, int] = {}
 
-    def _live(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
-        gc.collect()
-        found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
-        storages = [x.untyped_storage() for x in found if x.device.type == "cpu"]
-        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
     def start(self) -> None:
         """Begin a repeat of the phases."""
-        self._starts.append(self._live() - self._before)
+        own = (storage for storage in _storages(self._device) if storage not in self._others)
+        self._starts.append(sum({s.data_ptr(): s.nbytes() for s in own}.values()))
         with record_function(START):
             pass
 
@@ -51,7 +46,7 @@ class PhasePeaks:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             yield
-            peak = torch.cuda.max_memory_allocated(self._device) - self._before
+            peak = torch.cuda.max_memory_allocated(self._device)
             self.peaks[name] = max(self.peaks.get(name, 0), peak)
         else:
             with record_function(PHASE + name):
@@ -75,6 +70,12 @@ class PhasePeaks:
                 )
                 for name in changes[0]
             }
+
+
+def _storages(device: torch.device) -> list[torch.UntypedStorage]:
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)]
+    return [x.untyped_storage() for x in found if x.device.type == device.type]
 
 
 def _changes(profiler: profile) -> list[dict[str, int]]:

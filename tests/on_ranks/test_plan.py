@@ -106,7 +106,6 @@ def small_buckets(folder: Path) -> Path:
         ("--hypergradient", "jvp", "--unroll_steps", "2", "--unroll_window", "all"),
         ("--hypergradient", "sama", "--hypergradient_scope", "language_model"),
         ("--hypergradient", "finite_difference", "--freeze_vision_tower"),
-        ("--hypergradient", "finite_difference"),
         (*GHOST, "--freeze_vision_tower"),
         ("--hypergradient", "jvp", "--rollback"),
         ("--baseline",),
@@ -116,7 +115,7 @@ def small_buckets(folder: Path) -> Path:
 def test_memory_is_what_is_planned_by_phase(
     make_run, flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Within a tenth: what kernels, gloo and the reweighter take is not planned."""
+    """But for what kernels, gloo and the reweighter take."""
     monkeypatch.setattr(strategy, "DS_CONFIGS", small_buckets(tmp_path))
     with PhasePeaks(torch.device("cpu")) as measured:
         run = make_run(*FLAGS, *flags)
@@ -131,7 +130,7 @@ def test_memory_is_what_is_planned_by_phase(
     planned["lower"] = max(planned["lower"], planned.pop("optimizer"))
     if distributed.rank() == 1:  # the one that is planned
         for phase, peak in planned.items():
-            # What kernels and the reweighter take is not planned, and v and gradients are 9 %.
+            # v, or this rank's gradients, are 5 % and more.
             assert peak == pytest.approx(measured.peaks[phase], rel=0.03), phase
 
 
