@@ -1,0 +1,58 @@
+"""Models with the shapes that the tiny one lacks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from data_tools.shard import shard_file
+from dreamprm_dist.prm.model import PRM, load_tokenizer
+from dreamprm_dist.training.export import save_model
+
+
+def widened(folder: Path, tiny: Path, vocab_size: int) -> Path:
+    """The tiny model with InternVL3-1B's heads: 14 and 2 of 64, 64 wide in the vision tower too, and
+    embeddings apart from the head.
+    """
+    config = InternVLConfig.from_pretrained(tiny).to_dict()
+    config["tie_word_embeddings"] = False
+    config["text_config"] |= {
+        **{"hidden_size": 896, "intermediate_size": 1024, "vocab_size": vocab_size},
+        **{"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 2},
+        "layer_types": None,
+        "initializer_range": 0.02,
+    }
+    config["vision_config"] |= {"hidden_size": 128, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = InternVLForConditionalGeneration(InternVLConfig.from_dict(config))
+    save_model(folder, PRM(model), load_tokenizer(str(tiny)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_prm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_prm_dir: Path) -> Path:
+    return widened(tmp_path_factory.mktemp("wide"), tiny_prm_dir, vocab_size=512)
+
+
+@pytest.fixture(scope="session")
+def large_prm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_prm_dir: Path) -> Path:
+    """Embeddings and head have 53.8 M parameters each, more than `reduce_bucket_size`."""
+    return widened(tmp_path_factory.mktemp("large"), tiny_prm_dir, vocab_size=60_000)
+
+
+@pytest.fixture(scope="session")
+def half_text(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path, tiny_shards: Path
+) -> Path:
+    """Shards of which the even ones, all that the first of two ranks has, are without images."""
+    out = tmp_path_factory.mktemp("half_text")
+    records = json.loads((tiny_data_dir / "train.json").read_text())
+    for record in records[::2]:
+        del record["image"]
+    (out / "train.json").write_text(json.dumps(records))
+    image_root = {"progress": False, "image_root": tiny_data_dir}
+    shard_file(out / "train.json", out / "train", "training", 4, **image_root)
+    (out / "meta").symlink_to(tiny_shards / "meta")
+    return out
