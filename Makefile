@@ -21,7 +21,7 @@ TEST ?= data/test.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-seeds test test-survive test-gpu test-web lint format shard-data train evaluate bench
-.PHONY: bench-data plan test-wheel
+.PHONY: bench-data bench-gpu plan test-wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -87,6 +87,12 @@ BENCHMARKS = estimators iteration memory collectives table best_of_n full_size
 bench: $(STAMP) ## cost, exactness, traffic and memory of training and scoring, in bench.json
 	rm -f bench.json
 	for name in $(BENCHMARKS); do $(PYTHON) tests/benchmarks/bench_$$name.py || exit 1; done
+
+ON_GPU = full_size iteration memory estimators
+bench-gpu: $(STAMP) ## iterations at full size on a GPU, and what can be seen there, in bench_gpu.json
+	rm -f bench_gpu.json
+	for name in $(ON_GPU); do \
+		$(PYTHON) tests/benchmarks/bench_$$name.py --device cuda --out bench_gpu.json || exit 1; done
 
 bench-data: $(STAMP) ## sharding and loading against bare Pillow, in bench_data.json (some minutes)
 	$(PYTHON) tests/benchmarks/bench_data.py

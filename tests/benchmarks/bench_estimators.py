@@ -1,6 +1,6 @@
 """How exact each estimator is, and how near the one-step hypergradient is to the true one.
 
-    python tests/benchmarks/bench_estimators.py [--out bench.json]
+    python tests/benchmarks/bench_estimators.py [--device cpu] [--out bench.json]
 
 `estimator_error`: ||g^ - g|| / ||g|| over a batch, where g_i = <grad l_i, v> is taken in float32 by
 reverse mode at the same (rounded) parameters with the same v. Two model sizes. In bf16 that of
@@ -59,9 +59,12 @@ def losses_of(module, batch) -> Tensor:
     return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
 
 
-def estimator_error(folder: Path, model: Path, precision: str, estimator: str) -> float:
+def estimator_error(
+    folder: Path, model: Path, device: str, precision: str, estimator: str
+) -> float:
     run = make_run(
-        *(folder, model, "--precision", precision, "--activation_function", "No", "--lr", LR),
+        *(folder, model, "--device", device, "--precision", precision),
+        *("--activation_function", "No", "--lr", LR),
         *("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE),
         *("--hypergradient", estimator),
     )
@@ -79,10 +82,10 @@ def estimator_error(folder: Path, model: Path, precision: str, estimator: str) -
     return float((found - truth).norm() / truth.norm())
 
 
-def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
+def unrolled_cosines(folder: Path, model: Path, device: str) -> dict[str, dict[str, float]]:
     """Estimator against the derivative through the whole lower step, by lower optimizer."""
     run = make_run(
-        *(folder, model, "--precision", "fp32"),
+        *(folder, model, "--device", device, "--precision", "fp32"),
         *("--batch_size", BATCH_SIZE, "--meta_batch_size", BATCH_SIZE),
     )
     trainer = run.trainer
@@ -118,7 +121,7 @@ def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
         }  # fmt: skip
         return first, second, moved
 
-    parameters, ones = start, torch.ones(BATCH_SIZE, dtype=torch.float64)
+    parameters, ones = start, torch.ones(BATCH_SIZE, dtype=torch.float64, device=run.device)
     for step in range(1, EARLIER_STEPS + 1):
         (batch,) = next(lower)
         leaves = {n: p.requires_grad_() for n, p in parameters.items()}
@@ -179,6 +182,7 @@ def unrolled_cosines(folder: Path, model: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     errors: dict = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,14 +192,14 @@ def main() -> None:
             model = saved_model(Path(folder) / size, divisor, image_size=112)
             for precision in ("bf16", "fp32"):
                 errors.setdefault(size, {})[precision] = {
-                    name: estimator_error(data, model, precision, name)
+                    name: estimator_error(data, model, arguments.device, precision, name)
                     for name in (*ESTIMATORS, SAMA)
                 }
         # Second derivatives of the whole step take the smallest model there is.
         tiny = Path(folder) / "tiny"
         make_data(tiny / "data", 32, 32, (56, 56))
         model = saved_model(tiny / "model", 16, image_size=56)
-        cosines = unrolled_cosines(tiny / "data", model)
+        cosines = unrolled_cosines(tiny / "data", model, arguments.device)
     write_results(
         arguments.out,
         {

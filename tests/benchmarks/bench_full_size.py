@@ -3,17 +3,17 @@
     python tests/benchmarks/bench_full_size.py [--out bench.json]
     python tests/benchmarks/bench_full_size.py --device cuda --out bench_gpu.json
 
-InternVL3-1B on one rank. On a CPU `full_size`: float32, vision tower frozen, batches of one image of
-one tile; wants 24 GiB of memory and 8 GB of disk. On a GPU all other settings: bf16, everything
-trained, images of 7 tiles, batches of 1, 4 and 8 with and without checkpointed activations. Each has
-a process of its own, so that none finds what another has left; out of memory is a result.
+InternVL3-1B on one rank. On a CPU `full_size`: float32, vision tower frozen, batches of one image
+of one tile; wants 24 GiB of memory and 8 GB of disk. On a GPU all other settings: bf16, everything
+trained, images of 7 tiles, batches of 1, 4 and 8 with and without checkpointed activations. Each
+has a process of its own, so that none finds what another has left; out of memory is a result.
 
 Of an iteration, by phase (lower, meta, hypergradient, upper): `peak_bytes`, the process's resident
 set on a CPU, live tensors in PyTorch's allocator on a GPU, among them what stays between phases;
-`seconds`, medians; `flops`, those of matrix products, convolutions and attention, counted with SDPA
-and with what checkpointing computes again. `plain` is the same lower steps without a meta level, just
-before the iteration, and `ratio` what the iteration takes of their time; `share_of_peak` is of the
-card's dense bf16 FLOP/s.
+`seconds_by_phase`, medians; `flops`, those of matrix products, convolutions and attention, counted
+with SDPA (not on a CPU: attention) and with what checkpointing computes again. `plain` is the same
+lower steps without a meta level, just before the iteration, and `ratio` what the iteration takes of
+their time; `share_of_peak` is of the card's dense bf16 FLOP/s.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """What a bi-level iteration costs over plain fine-tuning steps, within one run.
 
-    python tests/benchmarks/bench_iteration.py [--repeats 7] [--out bench.json]
+    python tests/benchmarks/bench_iteration.py [--repeats 7] [--device cpu] [--out bench.json]
 
-One rank, float32, a model with InternVL3-1B's proportions, images of several tiles. An iteration
-of K lower steps stands against K plain steps on the same batches, without their loading, just
-before it; medians over interleaved repeats. A meta batch is of the size of a lower batch, each of
-its solutions with an image of its own, but for `k4_ghost_all_grouped`: eight solutions of one
-question with one image, beside lower batches of eight.
+One rank, float32 on a CPU and bf16 on a GPU, a model with InternVL3-1B's proportions, images of
+several tiles. An iteration of K lower steps stands against K plain steps on the same batches,
+without their loading, just before it; medians over interleaved repeats. A meta batch is of the size
+of a lower batch, each of its solutions with an image of its own, but for `k4_ghost_all_grouped`:
+eight solutions of one question with one image, beside lower batches of eight.
 
 `iteration_floor` is the ratio by multiplications alone. In units of a lower batch's forward pass,
 with s the scope's share of it, n the lower batches that learn and m the meta batch's forward pass
@@ -36,7 +36,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from standin import SOLUTIONS_PER_QUESTION, make_data, make_run, saved_model, write_results
+from standin import (
+    SOLUTIONS_PER_QUESTION,
+    make_data,
+    make_run,
+    on_device,
+    saved_model,
+    write_results,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamprm_dist import distributed
@@ -92,19 +99,19 @@ class Measured:
     def sample(self, repeat: int) -> Sample:
         trainer = self._run.trainer
         window, meta = next(self._run.data(done=repeat))
-        self._optimizer.take()
+        self._optimizer.take()  # waits for the GPU, as what follows a measured part does
         start = time.perf_counter()
         for batches in window:
             trainer.engine.lower_step(
                 batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
             )
-        plain = time.perf_counter() - start
         optimizer = self._optimizer.take()["seconds_optimizer"]
+        plain = time.perf_counter() - start
         trainer.phases.take()
         start = time.perf_counter()
         trainer.iteration(window, meta)
-        iteration = time.perf_counter() - start
-        return Sample(plain, optimizer, iteration, trainer.phases.take())
+        phases = trainer.phases.take()
+        return Sample(plain, optimizer, time.perf_counter() - start, phases)
 
     def floor(self) -> float:
         """Multiplications of an iteration over those of its plain steps; see above."""
@@ -142,6 +149,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +165,7 @@ def main() -> None:
             make_data(data, 64, 32, (448, 224), solutions_per_question=solutions)
             sizes = ("--batch_size", size, "--meta_batch_size", size)
             for name, flags in modes.items():
-                run = make_run(data, model, "--precision", "fp32", *sizes, *flags)
+                run = make_run(data, model, *on_device(arguments.device), *sizes, *flags)
                 measured[name] = Measured(run)
         samples: dict[str, list[Sample]] = {name: [] for name in measured}
         for repeat in range(arguments.repeats + 1):

@@ -1,13 +1,13 @@
 """Peak memory of a bi-level iteration over that of plain fine-tuning, in bytes of live tensors.
 
-    python tests/benchmarks/bench_memory.py [--out bench.json]
+    python tests/benchmarks/bench_memory.py [--device cpu] [--out bench.json]
 
-One rank, float32, a model with InternVL3-1B's proportions. One batch serves as every lower batch
-and as the meta batch, so that all passes are of one size: `difference` is the peak of an iteration
-minus the peak of a plain step on it. On a GPU the allocator says it; on a CPU it is added up from
-the profiler's record of allocations, not from the resident set, which also holds what allocator
-and libraries keep. For `ghost` it is to be at most `bound`: 1.1 times the bytes of v, and the
-largest output of a module.
+One rank, float32 on a CPU and bf16 on a GPU, a model with InternVL3-1B's proportions. One batch
+serves as every lower batch and as the meta batch, so that all passes are of one size: `difference`
+is the peak of an iteration minus the peak of a plain step on it. On a GPU the allocator says it; on
+a CPU it is added up from the profiler's record of allocations, not from the resident set, which
+also holds what allocator and libraries keep. For `ghost` it is to be at most `bound`: 1.1 times the
+bytes of v, and the largest output of a module.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from standin import make_data, make_run, saved_model, write_results
+from standin import make_data, make_run, on_device, saved_model, write_results
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -137,6 +137,7 @@ def measure(run: TrainingRun, modes: Mapping[str, int]) -> dict[str, dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +146,7 @@ def main() -> None:
         make_data(folder, 16, 16, (448, 224))  # two tiles and a thumbnail
         for estimator, modes in MODES.items():
             run = make_run(
-                *(folder, model, "--precision", "fp32", "--hypergradient", estimator),
+                *(folder, model, *on_device(arguments.device), "--hypergradient", estimator),
                 *("--unroll_window", "all", "--batch_size", BATCH_SIZE),
             )
             results |= measure(run, modes)

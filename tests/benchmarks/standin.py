@@ -161,6 +161,11 @@ def make_run(folder: Path, model: Path, *flags: object) -> TrainingRun:
     return TrainingRun(config, ShardFolder(folder / "train"), ShardFolder(folder / "meta"), device)
 
 
+def on_device(device: str) -> tuple[str, ...]:
+    """Flags of a run that trains there as one does: in bf16 on a GPU."""
+    return ("--device", device, "--precision", "bf16" if device == "cuda" else "fp32")
+
+
 def write_results(out: Path, results: dict) -> None:
     """Print results and add their keys to a JSON file that other benchmarks write to as well."""
     print(json.dumps(results, indent=2), flush=True)

@@ -1,6 +1,6 @@
 """Runs variants of one bi-level run under a launcher and saves what each computed.
 
-    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL VARIANTS
+    torchrun --nproc_per_node W bilevel_worker.py OUT MODEL VARIANTS DEVICE
 
 VARIANTS is JSON: a name to {"flags": [...], "shards": folder, "mutant": name or absent,
 "iterations": number or absent}; a mutant is a defect put in on purpose, to see that the comparison
@@ -23,7 +23,7 @@ from dreamprm_dist.training.run import TrainingRun
 
 ITERATIONS = 3
 SETTINGS = """
-    --precision fp32 --num_workers 0 --device cpu --lr 1e-4 --scheduler_type constant
+    --precision fp32 --num_workers 0 --lr 1e-4 --scheduler_type constant
     --meta_scheduler_type constant --row_update normalized_sgd --meta_lr 0.2
     --activation_function Project --weight_min 0 --unroll_steps 2 --gradient_clipping 0.5
 """.split()
@@ -42,10 +42,12 @@ def start_from_them(table: InstanceTable) -> None:
     table.load_state_dict(state)
 
 
-def results(out: Path, model: str, shards: Path, flags: list[str], iterations: int) -> dict:
+def results(
+    out: Path, model: str, shards: Path, device: str, flags: list[str], iterations: int
+) -> dict:
     config = parse_train_config(
         [
-            *SETTINGS,
+            *(*SETTINGS, "--device", device),
             *("--reward_model", model, "--weights_path", str(out / "run")),
             *("--iteration_num", str(ITERATIONS), *flags),
         ]
@@ -54,7 +56,7 @@ def results(out: Path, model: str, shards: Path, flags: list[str], iterations: i
         config,
         ShardFolder(shards / "train"),
         ShardFolder(shards / "meta"),
-        distributed.initialize("cpu"),
+        distributed.initialize(device),
     )
     if isinstance(run.trainer.reweighter, InstanceTable):
         start_from_them(run.trainer.reweighter)
@@ -63,7 +65,7 @@ def results(out: Path, model: str, shards: Path, flags: list[str], iterations: i
 
     def recorded(*arguments):
         v, losses = meta_gradient(*arguments)
-        directions.append(torch.cat([t.flatten() for t in v.values()]))
+        directions.append(torch.cat([t.flatten() for t in v.values()]).cpu())
         return v, losses
 
     engine.meta_gradient = recorded
@@ -83,6 +85,7 @@ def results(out: Path, model: str, shards: Path, flags: list[str], iterations: i
         "v": v,
         "weights": None if gathered is None else gathered[1],
         "untouched": untouched,
+        "buffers": {n: str(b.dtype) for n, b in run.trainer.engine.module.named_buffers()},
     }
 
 
@@ -129,8 +132,9 @@ def put_in(mutant: str) -> None:
 
 
 def main() -> None:
-    out, model = Path(sys.argv[1]), sys.argv[2]
-    distributed.initialize("cpu")
+    out, model, device = Path(sys.argv[1]), sys.argv[2], sys.argv[4]
+    distributed.initialize(device)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # else convolutions take TF32
     torch.set_num_threads(1)
     for name, variant in json.loads(sys.argv[3]).items():
         restore = engine.distributed.all_reduce_mean, loader.rank_draws
@@ -141,6 +145,7 @@ def main() -> None:
                 out,
                 model,
                 Path(variant["shards"]),
+                device,
                 variant["flags"],
                 variant.get("iterations", ITERATIONS),
             )

@@ -1,6 +1,6 @@
-"""Runs with NaN and infinite values on rank 1 under a launcher; saves what each rank then held.
+"""Runs with NaN and infinite values on the last rank; saves what each rank then held.
 
-    torchrun --nproc_per_node 2 skipped_steps_worker.py OUT MODEL SHARDS VARIANTS
+    torchrun --nproc_per_node W skipped_steps_worker.py OUT MODEL SHARDS VARIANTS DEVICE
 
 VARIANTS is JSON: a name to its flags.
 """
@@ -20,19 +20,24 @@ from dreamprm_dist.training.run import TrainingRun
 
 # What is wrong in each iteration, from the very first step on.
 POISONS = ["lower", "meta", "infinite", "none"]
+DEVICE = sys.argv[5]
 TRUE_LOSSES = passes.instance_losses
 
 
 def make_run(out: Path, model: str, shards: Path, flags: list[str]) -> TrainingRun:
-    settings = "--precision fp32 --num_workers 0 --device cpu --scheduler_type constant"
+    settings = f"--precision fp32 --num_workers 0 --device {DEVICE} --scheduler_type constant"
     settings += f" --meta_scheduler_type constant --batch_size 4 --reward_model {model}"
     settings += f" --iteration_num 9 --save_every_iterations 99 --weights_path {out / 'run'}"
     return TrainingRun(
         parse_train_config([*settings.split(), *flags]),
         ShardFolder(shards / "train"),
         ShardFolder(shards / "meta"),
-        torch.device("cpu"),
+        distributed.initialize(DEVICE),
     )
+
+
+def is_last_rank() -> bool:
+    return distributed.rank() == distributed.world_size() - 1
 
 
 def infinite_losses(*arguments):
@@ -44,16 +49,20 @@ def results(run: TrainingRun) -> dict:
 
     def state() -> dict[str, torch.Tensor]:
         reweighter = trainer.reweighter.state_dict().items()
-        return {
+        zero = trainer.engine.zero.snapshot()
+        moments = [t.flatten() for held in zero.optimizer for t in held.values() if t.dim()]
+        tensors = {
             "parameters": torch.cat(
                 [p.detach().flatten() for p in trainer.engine.module.parameters()]
             ),
             "raw_weights": torch.cat([t.flatten() for n, t in reweighter if "parameter" in n]),
+            "optimizer": torch.cat([*(p.flatten() for p in zero.partitions), *moments]),
         }
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     states, counts = [state()], []
     for iteration, (window, meta) in enumerate(islice(run.data(), len(POISONS)), start=1):
-        poison, poisoned = POISONS[iteration - 1], distributed.rank() == 1
+        poison, poisoned = POISONS[iteration - 1], is_last_rank()
         passes.instance_losses = (
             infinite_losses if poisoned and poison == "infinite" else TRUE_LOSSES
         )
@@ -67,8 +76,8 @@ def results(run: TrainingRun) -> dict:
 
 
 def train_without_end(run: TrainingRun) -> str:
-    """Train with an infinite loss on rank 1 in every iteration; what it ends with."""
-    if distributed.rank() == 1:
+    """Train with an infinite loss on the last rank in every iteration; what it ends with."""
+    if is_last_rank():
         passes.instance_losses = infinite_losses
     try:
         run.train()
@@ -79,7 +88,7 @@ def train_without_end(run: TrainingRun) -> str:
 
 def main() -> None:
     out, model, shards = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    distributed.initialize("cpu")
+    distributed.initialize(DEVICE)
     torch.set_num_threads(1)
     result = {
         name: results(make_run(out, model, shards, flags))

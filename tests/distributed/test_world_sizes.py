@@ -148,7 +148,7 @@ def runs(tmp_path_factory, tiny_prm_dir: Path, shard_folders: dict[str, Path]) -
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
         for variant in variants.values():
             variant["shards"] = str(shard_folders[variant.get("shards", "all_images")])
-        arguments = [worker, out, tiny_prm_dir, json.dumps(variants)]
+        arguments = [worker, out, tiny_prm_dir, json.dumps(variants), "cpu"]
         command = [sys.executable, *map(str, [*launcher, *arguments])]
         return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 

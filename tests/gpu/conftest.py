@@ -13,8 +13,9 @@ from dreamprm_dist.training.export import save_model
 
 
 def widened(folder: Path, tiny: Path, vocab_size: int) -> Path:
-    """The tiny model with InternVL3-1B's heads: 14 and 2 of 64, 64 wide in the vision tower too, and
-    embeddings apart from the head.
+    """The tiny model with InternVL3-1B's heads: 14 and 2 of 64, in the vision tower 64 wide too.
+
+    Embeddings and head are two matrices.
     """
     config = InternVLConfig.from_pretrained(tiny).to_dict()
     config["tie_word_embeddings"] = False

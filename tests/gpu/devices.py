@@ -3,16 +3,11 @@
 import pytest
 import torch
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ],
-)
-DEVICES = ["cpu", CUDA]
-only_cuda = pytest.mark.parametrize("device", [CUDA])
+on_gpu = pytest.mark.gpu
+has_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+CUDA = pytest.param("cuda", marks=[on_gpu, has_gpu])
+DEVICES = ["cpu", CUDA]
 
 
 def most_ranks() -> int:

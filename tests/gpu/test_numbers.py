@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import DEVICES, only_cuda
+from devices import CUDA, DEVICES
 from gradient_dot import gradient_dot
 from reweighting import rank_batches
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.hypergradient.jvp import jvp
 from dreamprm_dist.losses import Observation, instance_losses
-from dreamprm_dist.prm.batch import Instance, InputFormat, collate
+from dreamprm_dist.prm.batch import InputFormat, Instance, collate
 from dreamprm_dist.prm.chat import encode_conversation
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
 from dreamprm_dist.prm.shared_prefix import step_logits
@@ -73,7 +73,7 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / truth.norm())
 
 
-@only_cuda
+@pytest.mark.parametrize("device", [CUDA])
 def test_cuda_gives_the_cpus_losses_and_products(
     device: str, wide_prm_dir: Path, tiny_shards: Path
 ):
@@ -130,7 +130,7 @@ def test_products_in_bf16_are_those_of_reverse_mode(
     assert relative(truth.flip(0), truth) > 5 * BF16
 
 
-@only_cuda
+@pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash-attn")
 def test_flash_attention_agrees_with_sdpa_and_gives_way_to_the_jvp(
     device: str, wide_prm_dir: Path, tiny_shards: Path
