@@ -15,8 +15,8 @@ TESTS = Path(__file__).resolve().parents[1]
 TRAIN = TESTS.parent / "launch" / "train.py"
 WORKERS = TESTS / "distributed"
 GLOBAL_BATCH, ITERATIONS = 8, 2
-# Sums in float32 in another order, carried on by AdamW over four steps: 4e-7 is seen between numbers
-# of ranks on CPUs, and GPUs add up in an order that is never the same.
+# Sums in float32 in another order, carried on by AdamW over four steps: 4e-7 is seen between ranks
+# on CPUs, and GPUs add up in an order that is never the same.
 FLOAT32 = 1e-4
 # Roundings to 8 bits: 0.4 % each. 0.6 % is seen of v, 0.9 % of a loss after some layers.
 BF16 = 0.03
