@@ -226,7 +226,7 @@ def main() -> None:
         in_own_process(saved_model, folder / "model", arguments.divisor, tile)
         for image in {SETTINGS[name].image for name in names}:
             size = tuple(side * tile // 448 for side in image)
-            make_data(folder / f"{image[0]}", 32, 16, size, solutions_per_question=1)
+            make_data(folder / f"{image[0]}", 16, 8, size, solutions_per_question=1)
         for name in names:
             data = folder / f"{SETTINGS[name].image[0]}"
             repeats = arguments.repeats or (5 if cuda else 1)
