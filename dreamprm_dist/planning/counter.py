@@ -62,7 +62,7 @@ class Counter(TorchDispatchMode):
     def note(self, values: Iterable[object]) -> None:
         """Count the storages of tensors among some values, if they are new."""
         for value in values:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout == torch.strided:
                 storage = value.untyped_storage()
                 key, size = id(storage), storage.nbytes()
                 if key not in self._storages:

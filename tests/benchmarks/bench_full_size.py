@@ -8,31 +8,34 @@ of one tile; wants 24 GiB of memory and 8 GB of disk. On a GPU all other setting
 trained, images of 7 tiles, batches of 1, 4 and 8 with and without checkpointed activations. Each
 has a process of its own, so that none finds what another has left; out of memory is a result.
 
-Of an iteration, by phase (lower, meta, hypergradient, upper): `peak_bytes`, the process's resident
-set on a CPU, live tensors in PyTorch's allocator on a GPU, among them what stays between phases;
-`seconds_by_phase`, medians; `flops`, those of matrix products, convolutions and attention, counted
-with SDPA (not on a CPU: attention) and with what checkpointing computes again. `plain` is the same
-lower steps without a meta level, just before the iteration, and `ratio` what the iteration takes of
-their time; `share_of_peak` is of the card's dense bf16 FLOP/s.
+Of an iteration, by phase (lower, meta, hypergradient, upper): `peak_bytes` of live tensors, beside
+`planned_peak_bytes`, what `launch/plan.py` says of it, which is to be within a tenth;
+`seconds_by_phase`, medians; `flops`, those of matrix products, convolutions and attention. `ratio`
+is what the iteration takes of the time of the same lower steps without a meta level, just before
+it; `share_of_peak` is of the card's dense FLOP/s.
 """
 
 import argparse
 import contextlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from live_tensors import PhasePeaks
 from standin import make_data, make_run, saved_model, write_results
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from dreamprm_dist import distributed
+from dreamprm_dist.planning.counter import Counter
+from dreamprm_dist.planning.gpus import GPUS
+from dreamprm_dist.planning.iteration import Counted, count_iteration
+from dreamprm_dist.planning.workload import Workload
+from dreamprm_dist.prm.attention import attention_in_use
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.training.run import TrainingRun
 
 ONE_TILE, SEVEN_TILES = (448, 448), (1344, 896)  # six tiles and a thumbnail
@@ -62,144 +65,119 @@ SETTINGS = {
     },
     "full_size_jvp_b1": Setting(1, SEVEN_TILES, "--hypergradient jvp"),
 }
-# Dense bf16 FLOP/s by what is in a card's name, as its vendor states them.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 80GB HBM3": 989e12,
-    "H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
+# The plan's name of a card, by what is in CUDA's.
+CARDS = {
+    "A100": "a100-80",
+    "H100": "h100-80",
+    "H200": "h200-141",
+    "B200": "b200-180",
+    "L40S": "l40s-48",
+    "4090": "rtx4090-24",
 }
 OUT_OF_MEMORY = "out of memory"
 
 
-class Phase(NamedTuple):
-    """What a phase took in an iteration."""
+class PhaseFlops:
+    """Stands in for the trainer's `phases`: FLOPs of each."""
 
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    flops: int = 0
-
-    def then(self, other: "Phase") -> "Phase":
-        return Phase(
-            self.seconds + other.seconds,
-            max(self.peak_bytes, other.peak_bytes),
-            self.flops + other.flops,
-        )
-
-
-class Flops(TorchDispatchMode):
-    """Counts them; `FlopCounterMode` hooks modules too, which a tap's inner pass does not bear."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func.overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=output)
-        return output
-
-
-class Meter:
-    """Stands in for the trainer's `phases`.
-
-    Attributes:
-        counting: whether it counts FLOPs, which takes time.
-        phases: by name, since they were last emptied.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self.counting = False
-        self.phases: dict[str, Phase] = {}
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        cuda = self._device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        flops = Flops()
-        start = time.perf_counter()
-        with flops if self.counting else contextlib.nullcontext():
+        with Counter() as counter:
             yield
-        if cuda:
-            torch.cuda.synchronize(self._device)
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            status = Path("/proc/self/status").read_text()
-            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        phase = Phase(time.perf_counter() - start, peak, flops.total)
-        self.phases[name] = self.phases.get(name, Phase()).then(phase)
+        self.flops[name] = self.flops.get(name, 0) + counter.flops
 
 
 def measure(folder: Path, name: str, device: str, precision: str, repeats: int) -> dict | str:
     """A setting's results, or that it ran out of memory."""
     setting = SETTINGS[name]
     try:
-        run = make_run(
-            *(folder, folder.parent / "model", "--precision", precision, "--device", device),
-            *("--batch_size", setting.batch_size, "--meta_batch_size", setting.batch_size),
-            *setting.flags.split(),
-        )
-        return results(run, repeats)
+        with PhasePeaks(torch.device(device)) as peaks:
+            run = make_run(
+                *(folder, folder.parent / "model", "--precision", precision, "--device", device),
+                *("--batch_size", setting.batch_size, "--meta_batch_size", setting.batch_size),
+                *setting.flags.split(),
+            )
+            data, seconds_phases = run.data(), run.trainer.phases
+            flops = count_flops(run, *next(data))  # in an iteration that warms up
+            run.trainer.phases = peaks
+            batches = next(data)
+            peaks.start()
+            run.trainer.iteration(*batches)
+        planned = count_iteration(run.config, workload_of(run, batches[0][0][0]), 1, device)
+        run.trainer.phases = seconds_phases
+        return memory(peaks.peaks, planned) | times(run, data, flops, repeats)
     except torch.OutOfMemoryError:
         return OUT_OF_MEMORY
     finally:
         distributed.shutdown()
 
 
-def results(run: TrainingRun, repeats: int) -> dict:
-    trainer, data = run.trainer, run.data()
-    trainer.phases = meter = Meter(run.device)
-    counted = warm_up(run, meter)
+def count_flops(run: TrainingRun, *batches: Any) -> dict[str, int]:
+    """FLOPs of an iteration by phase, with SDPA: those of flash-attn's operators are not known."""
+    model, phases = run.trainer.engine.module.model, PhaseFlops()
+    before = attention_in_use(model)
+    model.set_attn_implementation("sdpa")
+    run.trainer.phases = phases
+    run.trainer.iteration(*batches)
+    model.set_attn_implementation(before)
+    return phases.flops
+
+
+def workload_of(run: TrainingRun, batch: Batch) -> Workload:
+    """The plan's view of a batch whose instances are alike."""
+    size, tiles = len(batch), len(batch.shown_tiles) // len(batch)
+    image_tokens = tiles * run.trainer.engine.module.tokens_per_tile
+    return Workload(tiles, batch.input_ids.shape[1] - image_tokens, len(batch.step_rows) // size)
+
+
+def memory(measured: dict[str, int], planned: Counted) -> dict:
+    """Peaks of live tensors by phase, beside those that a plan says."""
+    expected = dict(planned.peaks)
+    expected["lower"] = max(expected["lower"], expected.pop("optimizer"))
+    return {
+        "peak_gib": max(measured.values()) / 2**30,
+        "peak_bytes": measured,
+        "planned_peak_bytes": {name: expected[name] for name in measured if name in expected},
+        "planned_over_measured": {
+            name: expected[name] / peak for name, peak in measured.items() if name in expected
+        },
+    }
+
+
+def times(run: TrainingRun, data: Iterator, flops: dict[str, int], repeats: int) -> dict:
+    trainer = run.trainer
     samples = []
     for _ in range(repeats):
-        meter.phases = {}
+        trainer.phases.take()
         window, meta = next(data)
-        with meter("plain"):
+        with trainer.phases("plain"):
             for batches in window:
                 trainer.engine.lower_step(
                     batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
                 )
-        start = time.perf_counter()
-        trainer.iteration(window, meta)  # ends with the upper step's phase, which waits for the GPU
-        samples.append((time.perf_counter() - start, meter.phases))
-    iterations, phases = zip(*samples, strict=True)
-    seconds = {name: statistics.median(p[name].seconds for p in phases) for name in phases[0]}
-    peaks = {name: max(p[name].peak_bytes for p in phases) for name in phases[0]}
-    iteration, plain = statistics.median(iterations), seconds["plain"]
+        trainer.iteration(window, meta)
+        samples.append(trainer.phases.take())
+    seconds = {
+        name.removeprefix("seconds_"): statistics.median(sample[name] for sample in samples)
+        for name in samples[0]
+    }
+    plain = seconds.pop("plain")
     card = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in card), None)
+    known = next((GPUS[name] for part, name in CARDS.items() if part in card), None)
+    peak = known and known.tflops[run.config.model.precision] * 1e12
     return {
         "device": card,
-        "seconds": iteration,
-        "ratio": iteration / plain,
-        "peak_gib": max(bytes for name, bytes in peaks.items() if name != "plain") / 2**30,
+        "seconds": sum(seconds.values()),
         "seconds_by_phase": seconds,
-        # Keyed as the phases of a plan, that what it says may be put beside them.
-        "peak_bytes": peaks,
-        "flops": counted,
-        "share_of_peak": peak and {n: f / seconds[n] / peak for n, f in counted.items()},
-        "parameters": sum(p.numel() for p in run.trainer.engine.module.parameters()),
-        "trained_parameters": sum(p.numel() for p in run.trainer.engine.parameters.values()),
+        "ratio": sum(seconds.values()) / plain,
+        "flops": flops,
+        "share_of_peak": peak and {n: f / seconds[n] / peak for n, f in flops.items()},
+        "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
+        "trained_parameters": sum(p.numel() for p in trainer.engine.parameters.values()),
     }
-
-
-def warm_up(run: TrainingRun, meter: Meter) -> dict[str, int]:
-    """An iteration, which also makes the optimizer's state; its FLOPs by phase.
-
-    They are counted with SDPA: those of flash-attn's own operators are not known.
-    """
-    model = run.trainer.engine.module.model
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    meter.counting = True
-    run.trainer.iteration(*next(run.data()))
-    meter.counting = False
-    model.set_attn_implementation(before)
-    return {name: phase.flops for name, phase in meter.phases.items()}
 
 
 def in_own_process(function: Callable, *arguments: object):

@@ -61,6 +61,7 @@ class PhasePeaks:
     def __exit__(self, *error: object) -> None:
         if self._device.type != "cuda":
             self._profiler.__exit__(None, None, None)
+        if self._device.type != "cuda" and error[0] is None:
             changes = _changes(self._profiler)
             # The least: now and then a block is not seen to go, for a thread of gloo held it last.
             self.peaks = {
