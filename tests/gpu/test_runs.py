@@ -231,3 +231,16 @@ def test_a_run_under_a_launcher(
     assert len(lines) == 5
     assert all(line["lower_loss"] > 0 and line["meta_gradient_norm"] > 0 for line in lines)
     assert (tmp_path / "export" / "instance_weights.parquet").is_file()
+
+
+@on_gpu
+@has_gpu
+def test_more_ranks_than_gpus_are_refused(tmp_path: Path, tiny_prm_dir: Path, tiny_shards: Path):
+    ranks = torch.cuda.device_count() + 1
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    data = ["--train_json_file", str(tiny_shards / "train"), "--baseline", "--dry_run"]
+    model = ["--reward_model", str(tiny_prm_dir), "--out", str(tmp_path)]
+    command = [sys.executable, *launcher, str(TRAIN), *data, *model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert f"error: rank {ranks - 1} has no GPU" in done.stderr
