@@ -111,7 +111,7 @@ def unalias(gradients: Sequence[Tensor]) -> list[Tensor]:
     """
     seen, apart = set(), []
     for gradient in gradients:
-        storage = gradient.untyped_storage().data_ptr()
+        storage = gradient.untyped_storage()  # itself: on the meta device none has an address
         apart.append(gradient.clone() if storage in seen else gradient)
         seen.add(storage)
     return apart

@@ -10,7 +10,7 @@ from dreamprm_dist.losses import MetaLossConfig, meta_losses
 from dreamprm_dist.prm.batch import InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
-from dreamprm_dist.training.passes import meta_gradient
+from dreamprm_dist.training.passes import meta_gradient, unalias
 
 COUNT = 6
 
@@ -41,3 +41,13 @@ def test_micro_batches_add_up_in_float32(tiny_prm_dir: Path, tiny_shards: Path, 
         # One rounding of the sum, and float32's own where parts cancel: sums in bf16 have more.
         bound = rounded * truth.abs() + 1e-6 * max(p[name].abs().max() for p, _ in parts)
         assert ((v.double() - truth).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_are_apart_and_copied_only_where_they_share_memory(device: str):
+    """On the meta device, where runs are planned, no memory has an address."""
+    whole, other = torch.zeros(4, device=device), torch.zeros(3, device=device)
+    first, second, third = unalias([whole[:2], whole[2:], other])
+    storages = {id(t.untyped_storage()) for t in (first, second, third)}
+    assert len(storages) == 3
+    assert first.untyped_storage() is whole.untyped_storage() and third is other
