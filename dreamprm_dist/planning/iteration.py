@@ -187,12 +187,14 @@ class _Counter:
         def ones(output: StepOutput, losses: Tensor, batch: Batch) -> Tensor:
             return torch.ones_like(losses)
 
-        # The second adds to the first; others are like it.
-        for batch, of in zip(micro_batches, _shares(len(micro_batches)), strict=False):
+        # The last adds to the first; those in between are like it.
+        shares = [1, len(micro_batches) - 1] if len(micro_batches) > 1 else [1]
+        for position, of in enumerate(shares):
+            batch, last = micro_batches[position], position == len(shares) - 1
             tapping = self._ghost.tapping(batch, v) if self._ghost and v else nullcontext()
             with self._phase("lower", times * of), tapping as tapped:
                 loss, *_ = lower_loss(self._prm(batch), batch, ones, tapped)
-                with self._zero.backward():
+                with self._zero.backward(last):
                     loss.backward()
             del loss
         with self._phase("optimizer"):
@@ -261,8 +263,3 @@ def net_bytes(config: ReweighterConfig, hidden_size: int) -> int:
     width = FEATURES[config.instance_net_input].width(hidden_size)
     net = mlp(width, config.hidden_dim, config.num_layers)
     return sum(p.nbytes for p in net.parameters())
-
-
-def _shares(count: int) -> list[int]:
-    """How many micro-batches each of those stands for that are counted: the first, and the rest."""
-    return [1, count - 1] if count > 1 else [1]

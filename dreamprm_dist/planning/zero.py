@@ -55,6 +55,7 @@ class PlannedZero:
         self._own = self._parts(self.partition_size * (world_size - 1))
         self.largest_part = max(self._own.values(), default=0)
         self._gradient: dict[Tensor | None, Tensor] = {}  # of the partition: whole, or by parameter
+        self._buckets: list[Tensor] = []
         # Master copy and moments; offloaded, what gradients are copied through.
         largest = max(p.numel() for p in parameters)
         self._state = (
@@ -74,10 +75,14 @@ class PlannedZero:
         return parts
 
     @contextlib.contextmanager
-    def backward(self) -> Iterator[None]:
-        """Reduce and drop the gradients of a backward pass within the block as ZeRO does."""
+    def backward(self, last: bool) -> Iterator[None]:
+        """Reduce and drop the gradients of a backward pass within the block as ZeRO does.
+
+        Args:
+            last: of a step's micro-batches.
+        """
         self._last_gradient = None
-        bucket = _Bucket(self)
+        bucket = _Bucket(self, reduces=last or not self._keeps_others)
         hooks = [p.register_post_accumulate_grad_hook(bucket.take) for p in self._parameters]
         try:
             yield
@@ -87,7 +92,9 @@ class PlannedZero:
                 hook.remove()
         # Those of an earlier micro-batch have been added to.
         self._gradient = self._gradient or bucket.kept
-        if not self._keeps_others:
+        if self._keeps_others:  # as views of the buckets, once they are reduced
+            self._buckets = bucket.buffers if last else []
+        else:
             self._drop_gradients()
 
     def step(self) -> None:
@@ -96,11 +103,13 @@ class PlannedZero:
             on_meta(self.largest_part, torch.float64)  # for the norm
             flat = self._gradient.get(None)
             if flat is None:
-                flat = on_meta(self.partition_size)
+                narrow = on_meta(self.partition_size, self._dtype)
+                flat = narrow.to(torch.float32)
+                del narrow
             self._gradient = {}
             if self._keeps_gradient:
                 self._last_gradient = flat
-        self._gradient = {}
+        self._gradient, self._buckets = {}, []
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
@@ -113,25 +122,28 @@ class _Bucket:
 
     Attributes:
         kept: those of this rank's partition, by parameter, where they are not added up in float32.
+        buffers: where gradients are copied to for their reduction, if to any.
     """
 
-    def __init__(self, zero: PlannedZero):
+    def __init__(self, zero: PlannedZero, reduces: bool):
         self.kept: dict[Tensor | None, Tensor] = {}
-        self._zero = zero
-        self._buffers: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        self._zero, self._reduces = zero, reduces
         self._waiting: list[Tensor] = []
         self._elements = 0
 
     def take(self, parameter: Tensor) -> None:
         zero = self._zero
-        if zero._contiguous and not self._buffers:
+        if zero._contiguous and not self.buffers:
             sizes = [zero._bucket_size] * zero._buffers
-            self._buffers = [on_meta(size, zero._dtype) for size in sizes]
+            self.buffers = [on_meta(size, zero._dtype) for size in sizes]
+        if not self._reduces:
+            return
         if self._elements + parameter.numel() > zero._bucket_size:
             self.reduce()
         self._waiting.append(parameter)
         self._elements += parameter.numel()
-        if zero._contiguous and not zero._keeps_others:
+        if zero._contiguous:
             parameter.grad = None  # it lies in the bucket now
 
     def reduce(self) -> None:
@@ -146,13 +158,14 @@ class _Bucket:
             elif own and zero._offloads:
                 on_meta(own, torch.float64)  # for the norm, before it goes to the CPU
                 parameter.grad = None
+            elif own and zero._contiguous:
+                if not self.kept:  # in one piece, of all parameters that have a part here
+                    size = sum(p.numel() for p in zero._own)
+                    self.kept[parameter] = on_meta(size, zero._dtype)
             elif own:
-                gradient = parameter.grad
-                if zero._contiguous:
-                    gradient = on_meta(parameter.numel(), zero._dtype)
-                assert gradient is not None
-                self.kept[parameter] = gradient
-            elif not zero._keeps_others:
+                assert parameter.grad is not None
+                self.kept[parameter] = parameter.grad
+            else:
                 parameter.grad = None
         del flat
         self._waiting.clear()

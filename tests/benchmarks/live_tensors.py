@@ -6,6 +6,7 @@ On a CPU the resident set would also hold what the allocator and libraries keep.
 import contextlib
 import gc
 import json
+import statistics
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -63,9 +64,9 @@ class PhasePeaks:
             self._profiler.__exit__(None, None, None)
         if self._device.type != "cuda" and error[0] is None:
             changes = _changes(self._profiler)
-            # The least: now and then a block is not seen to go, for a thread of gloo held it last.
+            # Now and then a block is not seen to go, for a thread of gloo held it last.
             self.peaks = {
-                name: min(
+                name: statistics.median_low(
                     start + change[name]
                     for start, change in zip(self._starts, changes, strict=True)
                 )

