@@ -347,9 +347,11 @@ def text_of_long_work(work: Callable[[], str]) -> str:
         return text
     try:
         while not _store.check([key]):
+            if _store.check(["failed: 0"]):  # the store may outlive it
+                raise RuntimeError
             time.sleep(0.2)
         return _store.get(key).decode()
-    except RuntimeError as error:  # the store is gone
+    except RuntimeError as error:  # or the store is gone
         raise RankLostError(
             f"rank {rank()} waited for rank 0 in vain: it has ended; look at its log"
         ) from error

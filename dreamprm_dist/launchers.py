@@ -139,21 +139,21 @@ def own_gpus(views: Sequence[View]) -> list[int]:
         InputError: a rank sees no GPU, or none that is free.
     """
     places: list[int] = []
-    owners: dict[tuple[str, str], int] = {}
+    owners: dict[str, int] = {}
     for rank, (host, local_rank, gpus) in enumerate(views):
-        free = [g for g in gpus[local_rank:] + gpus if (host, g) not in owners]
+        free = [g for g in gpus[local_rank:] + gpus if g not in owners]
         if not free:
             if not gpus:
                 raise InputError(
                     f"rank {rank} finds no GPU on {host}; see that nvidia-smi lists one and torch "
                     "is built with CUDA, or use --device cpu"
                 )
-            users = ", ".join(str(r) for r in sorted(owners[host, g] for g in gpus))
+            users = ", ".join(str(r) for r in sorted(owners[g] for g in gpus))
             raise InputError(
                 f"rank {rank} has no GPU: the {len(gpus)} that it sees on {host} belong to rank "
                 f"{users}; start at most one rank for each GPU, or use --device cpu"
             )
-        owners[host, free[0]] = rank
+        owners[free[0]] = rank
         places.append(gpus.index(free[0]))
     return places
 

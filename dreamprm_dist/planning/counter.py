@@ -1,4 +1,4 @@
-"""Live tensors and multiplications of a pass on the meta device, which are those of a real one.
+"""Live tensors and FLOPs of a pass on the meta device, which are those of a real one.
 
 Every storage that an operation makes is counted from there until nothing refers to it any more:
 what PyTorch's allocator is asked for. What kernels take for themselves meanwhile is not seen.
@@ -46,9 +46,8 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._storages: dict[
-            int, weakref.finalize
-        ] = {}  # by id, which is that of one as long as it lives
+        # By id, which is that of one storage as long as it lives.
+        self._storages: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None

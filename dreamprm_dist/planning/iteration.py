@@ -1,4 +1,4 @@
-"""An outer iteration counted on the meta device: memory and multiplications of each phase.
+"""An outer iteration counted on the meta device: memory and FLOPs of each phase.
 
 The passes are those that training runs, `training/passes.py`; what DeepSpeed holds around them is
 `PlannedZero`'s.
@@ -78,16 +78,17 @@ def count_iteration(
         return _Counter(config, workload, world_size, device).count()
 
 
-def sent_bytes(config: TrainConfig, trained: int, in_scope: int, net: int) -> int:
+def sent_bytes(config: TrainConfig, stage: int, trained: int, in_scope: int, net: int) -> int:
     """Bytes that an iteration hands to collectives on a rank, but for some counts and norms.
 
     Args:
+        stage: of ZeRO.
         trained, in_scope: bytes of the trained parameters, and of those that v covers.
         net: bytes of the reweighter's hypergradient that is summed over ranks.
     """
     upper, lower = config.upper, config.lower
     # ZeRO reduces the gradients of each micro-batch, or at stage 1 of all, and gathers parameters.
-    reductions = 1 if config.run.strategy == "zero1" else lower.gradient_accumulation
+    reductions = 1 if stage == 1 else lower.gradient_accumulation
     steps = upper.unroll_steps * (2 if upper.rollback and config.learns else 1)
     total = steps * (reductions + 1) * trained
     if config.learns:
@@ -134,6 +135,7 @@ class _Counter:
         if self._world_size > 1:
             counted.sent = sent_bytes(
                 config,
+                settings["zero_optimization"]["stage"],
                 sum(sizes.values()),
                 sum(sizes[name] for name in self._scope),
                 net_bytes(config.reweighter, prm.hidden_size),
@@ -142,7 +144,7 @@ class _Counter:
 
     @contextmanager
     def _phase(self, name: str, times: int | Fraction = 1) -> Iterator[None]:
-        """Count what is done in the block to a phase, its multiplications so many times."""
+        """Count what is done in the block to a phase, its FLOPs so many times."""
         self._counter.restart()
         yield
         self._counted.peaks[name] = max(self._counted.peaks[name], self._counter.peak)
@@ -257,7 +259,7 @@ class _Counter:
 
 
 def net_bytes(config: ReweighterConfig, hidden_size: int) -> int:
-    """Bytes of the hypergradient that is summed over ranks: a table's stays, of domains are few."""
+    """Bytes of the hypergradient that is summed over ranks: a table's stays on its rank."""
     if config.reweighter != "instance_net":
         return 0
     width = FEATURES[config.instance_net_input].width(hidden_size)

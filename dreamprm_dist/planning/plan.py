@@ -141,6 +141,9 @@ class Plan:
 def _variants(train: TrainConfig) -> Iterator[TrainConfig]:
     """The run, and it with ever more that saves memory: at the cost of time, then of more."""
     yield train
+    if train.run.strategy == "zero1":
+        train = train.with_flags({"strategy": "zero2"})
+        yield train
     for flags in (
         {"gradient_checkpointing": True},
         {"strategy": "zero2_offload"},

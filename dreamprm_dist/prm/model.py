@@ -138,7 +138,8 @@ class PRM(nn.Module):
         """
         language_model, mask = self.model.model.language_model, None
         lengths = sequence_lengths(attention_in_use(self.model), embeddings, cache)
-        if cache is None and set(language_model.config.layer_types) == {"full_attention"}:
+        layer_types = set(getattr(language_model.config, "layer_types", ()))
+        if cache is None and layer_types == {"full_attention"}:
             # There is none but the causal one. Else transformers looks at the positions for packed
             # sequences, and waits for the device.
             mask = {"full_attention": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,8 @@ from dreamprm_dist.training.engine_files import CheckpointWriter, make_universal
 from dreamprm_dist.training.passes import lower_loss, meta_gradient
 from dreamprm_dist.training.strategy import deepspeed_config
 from dreamprm_dist.training.zero_state import Fragment, ZeroState
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_TAG = "state"
 
@@ -92,6 +95,16 @@ class Engine:
             step_size=lower.scheduler_step_size,
             gamma=lower.scheduler_gamma,
         )
+        settings = deepspeed_config(
+            config, device, max(p.numel() for p in parameters), distributed.world_size()
+        )
+        stage = settings["zero_optimization"]["stage"]
+        if stage == 1 and settings["bf16"]["enabled"] and lower.gradient_accumulation > 1:
+            logger.warning(
+                "zero1 adds up the gradients of %d micro-batches in bf16, which loses small ones; "
+                "zero2 adds them in float32",
+                lower.gradient_accumulation,
+            )
         self._deepspeed, *_ = deepspeed.initialize(
             # Else it takes the GPU of LOCAL_RANK, and a rank that sees its own alone has only 0.
             args=SimpleNamespace(device_rank=device.index or 0),
@@ -99,9 +112,7 @@ class Engine:
             optimizer=optimizer,
             lr_scheduler=schedule,
             model_parameters=parameters,
-            config=deepspeed_config(
-                config, device, max(p.numel() for p in parameters), distributed.world_size()
-            ),
+            config=settings,
             dist_init_required=False,
         )
         self._deepspeed.checkpoint_engine = CheckpointWriter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from importlib import resources
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import torch
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.training.config import TrainConfig
-
-logger = logging.getLogger(__name__)
 
 DS_CONFIGS = resources.files("dreamprm_dist") / "ds_configs"
 if not DS_CONFIGS.is_dir():  # a checkout has it beside the package, where users edit it
@@ -51,16 +48,9 @@ def deepspeed_config(
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
     }
-    if bf16 and lower.gradient_accumulation > 1:
-        if zero["stage"] == 2:
-            owned["data_types"] = {"grad_accum_dtype": "fp32"}
-        else:  # of stage 1 DeepSpeed would make another optimizer, which has no such partitions
-            logger.warning(
-                "%s adds up the gradients of %d micro-batches in bf16, which loses small ones; "
-                "zero2 adds them in float32",
-                strategy,
-                lower.gradient_accumulation,
-            )
+    # Of stage 1 DeepSpeed would make another optimizer, which has no such partitions.
+    if bf16 and lower.gradient_accumulation > 1 and zero["stage"] == 2:
+        owned["data_types"] = {"grad_accum_dtype": "fp32"}
     for key, value in owned.items():
         if settings.get(key, value) not in (value, "auto"):
             raise InputError(

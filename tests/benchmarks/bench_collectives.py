@@ -68,6 +68,7 @@ def worker(folder: Path) -> None:
             "measured": counted.large,
             "formula": sent_bytes(
                 run.config,
+                stage=2,
                 trained=sum(sizes.values()),
                 in_scope=sum(sizes[name] for name in trainer.engine.module.parameters_in(scope)),
                 net=net_bytes(run.config.reweighter, trainer.engine.module.hidden_size),

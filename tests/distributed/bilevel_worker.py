@@ -134,7 +134,6 @@ def put_in(mutant: str) -> None:
 def main() -> None:
     out, model, device = Path(sys.argv[1]), sys.argv[2], sys.argv[4]
     distributed.initialize(device)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # else convolutions take TF32
     torch.set_num_threads(1)
     for name, variant in json.loads(sys.argv[3]).items():
         restore = engine.distributed.all_reduce_mean, loader.rank_draws

@@ -25,10 +25,6 @@ class GpuRun(Run):
         super().__init__(folder, model, shards)
         self.data += [*FLAGS, *"--hypergradient ghost --precondition adam".split()]
 
-    def start_rank(self, command: list[str], environment: dict[str, str], log: Path):
-        # Else convolutions take TF32, which is not float32.
-        return super().start_rank(command, environment | {"NVIDIA_TF32_OVERRIDE": "0"}, log)
-
     def differences(self, other: "GpuRun") -> float:
         found = export_differences(self, other)
         return max((found | metric_differences(self.metrics(), other.metrics())).values())

@@ -102,21 +102,26 @@ def views(*gpus: str, hosts: str = "", local_ranks: str = "") -> list[View]:
         (views("AB", "AB", local_ranks="00"), [0, 1]),
         (views("ABCD", "ABCD", "ABCD", "ABCD", local_ranks="0101"), [0, 1, 2, 3]),
         (views("AB", "AB", "CD", "CD", local_ranks="0101"), [0, 1, 0, 1]),
-        # Two machines, one of which has the other's names for its GPUs.
-        (views("AB", "AB", "AB", "AB", hosts="aabb", local_ranks="0101"), [0, 1, 0, 1]),
-        (views("A", "B", "A", "B", hosts="aabb", local_ranks="0101"), [0, 0, 0, 0]),
+        # Two machines.
+        (views("AB", "AB", "CD", "CD", hosts="aabb", local_ranks="0101"), [0, 1, 0, 1]),
+        (views("A", "B", "C", "D", hosts="aabb", local_ranks="0101"), [0, 0, 0, 0]),
     ],
 )
 def test_each_rank_has_a_gpu_of_its_own(ranks, expected):
     places = own_gpus(ranks)
     assert places == expected
-    taken = [(view.host, view.gpus[place]) for view, place in zip(ranks, places, strict=True)]
+    taken = [view.gpus[place] for view, place in zip(ranks, places, strict=True)]
     assert len(set(taken)) == len(ranks)
 
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
+        # Two containers with names of their own on one machine.
+        (
+            views("A", "A", hosts="ab"),
+            "rank 1 has no GPU: the 1 that it sees on b belong to rank 0;",
+        ),
         (views("A", "A", "A", "A"), "rank 1 has no GPU: the 1 that it sees on a belong to rank 0;"),
         (
             views("AB", "AB", "AB"),

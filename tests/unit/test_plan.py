@@ -106,15 +106,22 @@ def test_remedies_keep_the_global_batch_and_cost_as_little_as_they_can(
     halved |= {"meta_batch_size": 2, "meta_gradient_accumulation": 2}
     smallest = {"batch_size": 1, "gradient_accumulation": 8}
     smallest |= {"meta_batch_size": 1, "meta_gradient_accumulation": 4}
-    checkpointed = {"gradient_checkpointing": True}
-    offloaded = checkpointed | {"strategy": "zero2_offload"}
-    for flags in ({}, halved, checkpointed, offloaded):
+    for flags in ({}, halved):
         tiny_gpu(peak(**flags))
         plan = planned(run)
         assert plan.fits == (not flags)
         if flags:
             assert plan.remedy() == (flags, peak(**flags))
-    scoped = offloaded | {"hypergradient_scope": "language_model"}
+    quarters = halved | {"batch_size": 2, "gradient_accumulation": 4}
+    quarters |= {"meta_batch_size": 1, "meta_gradient_accumulation": 4}
+    tiny_gpu(min(peak(**flags) for flags in ({}, halved, quarters, smallest)) - 1)
+    remedy = planned(run).remedy()
+    assert remedy is not None and remedy[0]["gradient_checkpointing"]
+    scoped = {
+        "gradient_checkpointing": True,
+        "strategy": "zero2_offload",
+        "hypergradient_scope": "language_model",
+    }
     least = peak(**scoped, **smallest, freeze_vision_tower=True)
     tiny_gpu(least)
     plan = planned(run)
