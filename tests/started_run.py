@@ -71,8 +71,15 @@ def started_ranks(
                 text=True,
             )
         )
-    try:
+    with ended(ranks):
         yield ranks
+
+
+@contextlib.contextmanager
+def ended(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    """Have processes gone at the end of the block."""
+    try:
+        yield
     finally:
         for process in ranks:
             process.kill()
@@ -97,12 +104,8 @@ class Run:
             command = [sys.executable, TRAIN, *FLAGS, *self.data, *flags]
             log = self.folder / f"log-{rank}"
             ranks.append(self.start_rank([str(part) for part in command], environment, log))
-        try:
+        with ended(ranks):
             yield ranks
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
 
     def start_rank(
         self, command: list[str], environment: dict[str, str], log: Path
