@@ -7,17 +7,16 @@ shards are there, sizes of images and lengths of texts. It takes seconds, and no
 """
 
 from pathlib import Path
-from typing import get_type_hints
 
 from dreamprm_dist.data.shards import ShardFolder, shards_at
 from dreamprm_dist.errors import InputError
-from dreamprm_dist.flags import parse_args, run
+from dreamprm_dist.flags import run
 from dreamprm_dist.planning.plan import Plan, PlanConfig
 from dreamprm_dist.planning.workload import Workload, workloads_of
 from dreamprm_dist.prm.batch import InputFormat
 from dreamprm_dist.prm.model import load_shapes, load_tokenizer
 from dreamprm_dist.prm.model_folder import fetch_model
-from dreamprm_dist.training.config import TrainConfig
+from dreamprm_dist.training.config import TrainConfig, parse_with_train_config
 
 
 def workloads(train: TrainConfig, config: PlanConfig) -> tuple[Workload, Workload]:
@@ -38,20 +37,19 @@ def workloads(train: TrainConfig, config: PlanConfig) -> tuple[Workload, Workloa
 
 
 def main(argv: list[str] | None = None) -> None:
-    sections = get_type_hints(TrainConfig)
-    *parsed, config = parse_args(
-        (*sections.values(), PlanConfig), argv, "Plan a training run: memory, time, remedies."
+    train, config = parse_with_train_config(
+        (PlanConfig,), argv, "Plan a training run: memory, time, remedies."
     )
-    train = TrainConfig(**dict(zip(sections, parsed, strict=True)))
     model = train.model.reward_model
     try:
-        fetch_model(model)
+        folder = fetch_model(model)  # once, for it is read for every setting that is counted
     except InputError as error:
         raise InputError(
             f"{error}; a model that is yet to be trained is planned as the one that it starts "
             "from, as --reward_model OpenGVLab/InternVL3-1B-hf"
         ) from error
-    print(Plan(train, config, *workloads(train, config)).text())
+    train = train.with_flags({"reward_model": str(folder)})
+    print(f"{model}: {Plan(train, config, *workloads(train, config)).text()}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Plan:
 
     def __init__(self, train: TrainConfig, config: PlanConfig, largest: Workload, mean: Workload):
         self.train, self.config, self.largest, self.mean = train, config, largest, mean
+        self._counts: dict[str, Counted] = {}  # by the run's settings, written out
         self.counted = self._count(train)
         usual = self.counted
         if mean != largest:
@@ -66,7 +67,11 @@ class Plan:
         self.seconds = {phase: flops / rate for phase, flops in usual.flops.items() if flops}
 
     def _count(self, train: TrainConfig) -> Counted:
-        return count_iteration(train, self.largest, self.config.num_gpus)
+        settings = repr(train)
+        if settings not in self._counts:
+            counted = count_iteration(train, self.largest, self.config.num_gpus)
+            self._counts[settings] = counted
+        return self._counts[settings]
 
     @property
     def usable(self) -> float:
@@ -98,7 +103,7 @@ class Plan:
         sizes = train.global_batch_sizes(config.num_gpus)
         batches = ", ".join(f"global {name} {size}" for name, size in sizes.items())
         lines = [
-            f"{train.model.reward_model}: {counted.parameters / 1e6:,.0f} M parameters, "
+            f"{counted.parameters / 1e6:,.0f} M parameters, "
             f"{counted.trained / 1e6:,.0f} M trained, {train.model.precision}",
             f"{train.kind} on {config.num_gpus} x {config.gpu}, "
             f"{resolved_strategy(train.run.strategy, torch.device('cuda'))}: {batches}, "

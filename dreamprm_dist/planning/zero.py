@@ -1,6 +1,6 @@
 """What ZeRO holds on a rank's device, as tensors on the meta device that come and go as it does.
 
-It follows DeepSpeed's `runtime/zero/stage_1_and_2.py`; benchmarks compare it with real runs.
+It follows DeepSpeed's `runtime/zero/stage_1_and_2.py`; tests hold it against real runs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.prm.attention import attention_in_use
+from dreamprm_dist.prm.attention import FLASH, attention_in_use
 from dreamprm_dist.prm.model import PRM
 from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.training.checkpoint import library_versions
@@ -45,7 +45,7 @@ class Setting:
 def setting_of(prm: PRM, config: TrainConfig, device: torch.device, ranks: int) -> Setting:
     """The setting of a run whose PRM is loaded, frozen in parts, on this rank's device."""
     attention, versions = attention_in_use(prm.model), library_versions()
-    if attention == "flash_attention_2":
+    if attention == FLASH:
         versions["flash-attn"] = version("flash_attn")
     return Setting(
         ranks=ranks,

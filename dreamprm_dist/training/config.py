@@ -257,9 +257,21 @@ BATCH_FLAGS = {
 
 def parse_train_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """`launch/train.py`'s command line; see `parse_args`."""
+    return parse_with_train_config((), argv, "Train a process reward model.")[0]
+
+
+def parse_with_train_config(
+    others: tuple[type, ...], argv: Sequence[str] | None, description: str
+) -> tuple[Any, ...]:
+    """A command line of all training flags and those of other sections.
+
+    Returns:
+        The training configuration, then the other sections; see `parse_args`.
+    """
     sections = get_type_hints(TrainConfig)
-    parsed = parse_args(tuple(sections.values()), argv, "Train a process reward model.")
-    return TrainConfig(**dict(zip(sections, parsed, strict=True)))
+    parsed = parse_args((*sections.values(), *others), argv, description)
+    train = TrainConfig(**dict(zip(sections, parsed, strict=False)))
+    return train, *parsed[len(sections) :]
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
