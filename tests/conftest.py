@@ -18,6 +18,7 @@ from data_tools.demo_data import make_demo_data
 from data_tools.demo_model import data_texts, make_tiny_model
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
+from dreamprm_dist.training import strategy
 
 # How long an example takes says nothing but how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -79,6 +80,41 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path) -
         source.write_text(json.dumps(records))
         shard_file(source, out / name, kind, 4, progress=False, image_root=tiny_data_dir)
     return out
+
+
+@pytest.fixture(scope="session")
+def half_text(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path, tiny_shards: Path
+) -> Callable[[int], Path]:
+    """Makes shards of which those of one of two ranks, by its number, are without images."""
+
+    def make(rank: int) -> Path:
+        out = tmp_path_factory.mktemp("half_text")
+        records = json.loads((tiny_data_dir / "train.json").read_text())
+        for record in records[rank::2]:
+            del record["image"]
+        source = out / "train.json"
+        source.write_text(json.dumps(records))
+        shard_file(source, out / "train", "training", 4, progress=False, image_root=tiny_data_dir)
+        (out / "meta").symlink_to(tiny_shards / "meta")
+        return out
+
+    return make
+
+
+@pytest.fixture
+def small_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has ZeRO reduce buckets that a tiny model fills many times, and other settings of it."""
+
+    def set_up(**zero: object) -> None:
+        for file in strategy.DS_CONFIGS.iterdir():
+            if file.name.endswith(".json"):
+                settings = json.loads(file.read_text())
+                settings["zero_optimization"] |= {"reduce_bucket_size": 1000, **zero}
+                (tmp_path / file.name).write_text(json.dumps(settings))
+        monkeypatch.setattr(strategy, "DS_CONFIGS", tmp_path)
+
+    return set_up
 
 
 def unlabel(record: dict, steps: list[int]) -> None:

@@ -54,6 +54,19 @@ def rank_environments(num_ranks: int) -> list[dict[str, str]]:
     ]
 
 
+def run_on_ranks(world_size: int, *command: object) -> None:
+    """Run a Python command under torchrun to its end, which is to be a good one."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*launcher, *command])],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @contextlib.contextmanager
 def started_ranks(
     *command: object, world_size: int, seconds_between: float = 0

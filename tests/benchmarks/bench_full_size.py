@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from live_tensors import PhasePeaks
-from standin import make_data, make_run, saved_model, write_results
+from standin import make_data, make_run, plain_step, saved_model, write_results
 
 from dreamprm_dist import distributed
 from dreamprm_dist.planning.counter import Counter
@@ -155,9 +155,7 @@ def times(run: TrainingRun, data: Iterator, flops: dict[str, int], repeats: int)
         window, meta = next(data)
         with trainer.phases("plain"):
             for batches in window:
-                trainer.engine.lower_step(
-                    batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
-                )
+                plain_step(run, batches)
         trainer.iteration(window, meta)
         samples.append(trainer.phases.take())
     seconds = {

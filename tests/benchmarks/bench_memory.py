@@ -11,14 +11,14 @@ bytes of v, and the largest output of a module.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from standin import make_data, make_run, on_device, saved_model, write_results
+from live_tensors import live_over_time
+from standin import make_data, make_run, on_device, plain_step, saved_model, write_results
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -65,26 +65,8 @@ def _peaks_on_cpu(parts: list[Part]) -> list[int]:
         for part in parts:
             with record_function("part"):
                 part()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    events = [event for event in events if event.get("name") in ("part", "[memory]")]
-    found: list[int] = []
-    blocks: dict[int, int] = {}  # bytes by address
-    live = start = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        if event["name"] == "part":
-            start = live
-            found.append(0)
-        elif found:
-            address, size = event["args"]["Addr"], event["args"]["Bytes"]
-            # Freed now; or before, unseen, if this is a new block in its place.
-            live -= blocks.pop(address, 0)
-            if size > 0:
-                blocks[address] = size
-                live += size
-            found[-1] = max(found[-1], live - start)
-    return found
+    spans, live = live_over_time(profiler)
+    return [live.peak(span) - live.at(span.start) for span in spans if span.name == "part"]
 
 
 @torch.no_grad()
@@ -106,18 +88,16 @@ def measure(run: TrainingRun, modes: Mapping[str, int]) -> dict[str, dict[str, f
     trainer, engine = run.trainer, run.trainer.engine
     (batches, *_), _ = next(run.data())
 
-    def plain() -> None:
-        engine.lower_step(
-            batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
-        )
-
     def iteration(steps: int) -> None:
         trainer.iteration([batches] * steps, batches)
 
     v = sum(tensor.nbytes for tensor in trainer.meta_gradient(batches)[0].values())
     largest = largest_output(engine.module, batches[0])
     bound = 1.1 * v + largest
-    parts: dict[str, Part] = {"warm_up": partial(iteration, 1), "plain": plain}
+    parts: dict[str, Part] = {
+        "warm_up": partial(iteration, 1),
+        "plain": partial(plain_step, run, batches),
+    }
     parts |= {name: partial(iteration, steps) for name, steps in modes.items()}
     found = peaks(parts, run.device)
     differences = {name: found[name] - found["plain"] for name in modes}

@@ -6,11 +6,15 @@ On a CPU the resident set would also hold what the allocator and libraries keep.
 import contextlib
 import gc
 import json
+import math
 import statistics
 import tempfile
 import weakref
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,31 +90,70 @@ def _storages(device: torch.device) -> list[torch.UntypedStorage]:
 
 def _changes(profiler: profile) -> list[dict[str, int]]:
     """By repeat the most bytes in each phase over what was there at the repeat's start."""
+    spans, live = live_over_time(profiler)
+    starts = [span.start for span in spans if span.name == START]
+    found: list[dict[str, int]] = []
+    for start, end in pairwise([*starts, math.inf]):
+        before, peaks = live.at(start), {}
+        for span in spans:
+            if start < span.start < end:
+                name = span.name.removeprefix(PHASE)
+                peaks[name] = max(peaks.get(name, 0), live.peak(span) - before)
+        found.append(peaks)
+    return found
+
+
+class Span(NamedTuple):
+    """A block under `record_function`, in the profiler's microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Live:
+    """Bytes of the blocks that a profiler has seen come and not yet go.
+
+    Args:
+        changes: the time of each in order, and the bytes from then on.
+    """
+
+    def __init__(self, changes: Sequence[tuple[float, int]]):
+        self._times = [time for time, _ in changes]
+        self._bytes = [size for _, size in changes]
+
+    def at(self, time: float) -> int:
+        """Just before a time."""
+        place = bisect_left(self._times, time)
+        return self._bytes[place - 1] if place else 0
+
+    def peak(self, span: Span) -> int:
+        """The most within a block."""
+        first, last = bisect_left(self._times, span.start), bisect_right(self._times, span.end)
+        return max([self.at(span.start), *self._bytes[first:last]])
+
+
+def live_over_time(profiler: profile) -> tuple[list[Span], Live]:
+    """The blocks of `record_function` in their order, and the live bytes meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    named = [event for event in events if event.get("cat") == "user_annotation"]
-    starts = sorted(event["ts"] for event in named if event["name"] == START)
-    phases = [
-        (event["name"].removeprefix(PHASE), event["ts"], event["ts"] + event["dur"])
-        for event in named
-        if event["name"].startswith(PHASE)
+    events.sort(key=lambda event: event.get("ts", 0))
+    spans = [
+        Span(event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation"
     ]
     blocks: dict[int, int] = {}  # bytes by address
-    found: list[dict[str, int]] = []
-    live = at_start = 0
-    memory = (event for event in events if event.get("name") == "[memory]")
-    for event in sorted(memory, key=lambda event: event["ts"]):
-        if len(found) < len(starts) and event["ts"] >= starts[len(found)]:
-            found.append({})
-            at_start = live
-        address, size = event["args"]["Addr"], event["args"]["Bytes"]
-        # Freed now; or before, unseen, if this is a new block in its place.
-        live -= blocks.pop(address, 0)
-        if size > 0:
-            blocks[address] = size
-            live += size
-        for name, start, end in phases:
-            if found and start <= event["ts"] <= end:
-                found[-1][name] = max(found[-1].get(name, 0), live - at_start)
-    return found
+    changes: list[tuple[float, int]] = []
+    live = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            address, size = event["args"]["Addr"], event["args"]["Bytes"]
+            # Freed now; or before, unseen, if this is a new block in its place.
+            live -= blocks.pop(address, 0)
+            if size > 0:
+                blocks[address] = size
+                live += size
+            changes.append((event["ts"], live))
+    return spans, Live(changes)

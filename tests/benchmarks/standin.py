@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from data_tools.demo_model import train_tokenizer
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
+from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IMAGE_CONTEXT
 from dreamprm_dist.prm.model import PRM
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, steps_conversation
@@ -159,6 +161,13 @@ def make_run(folder: Path, model: Path, *flags: object) -> TrainingRun:
     )
     device = distributed.initialize(config.run.device)
     return TrainingRun(config, ShardFolder(folder / "train"), ShardFolder(folder / "meta"), device)
+
+
+def plain_step(run: TrainingRun, batches: Sequence[Batch]) -> None:
+    """A lower step with no meta level, every weight 1."""
+    run.trainer.engine.lower_step(
+        batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
+    )
 
 
 def on_device(device: str) -> tuple[str, ...]:

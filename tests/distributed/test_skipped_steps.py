@@ -1,12 +1,11 @@
 """A NaN or infinite value on one rank: the step is skipped on all, counted, and not for ever."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from started_run import run_on_ranks
 
 VARIANTS = {
     "table": "--strategy zero2_cpu",
@@ -33,12 +32,7 @@ def ranks(tmp_path_factory, tiny_prm_dir: Path, tiny_shards: Path) -> list[dict]
     out = tmp_path_factory.mktemp("bad_steps")
     variants = json.dumps({name: flags.split() for name, flags in VARIANTS.items()})
     worker = Path(__file__).with_name("skipped_steps_worker.py")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, worker, out, tiny_prm_dir, tiny_shards, variants, "cpu"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_ranks(2, worker, out, tiny_prm_dir, tiny_shards, variants, "cpu")
     results = [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     lines = (out / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in lines and "Infinity" not in lines

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import torch
 from bilevel_worker import ITERATIONS, starting_weights
 from gradient_dot import gradient_dot
 from reweighting import rank_batches
+from started_run import run_on_ranks
 
-from data_tools.shard import shard_file
 from dreamprm_dist.losses import MetaLossConfig, instance_losses, meta_losses
 from dreamprm_dist.prm.batch import InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
@@ -119,23 +117,9 @@ SAME = {
 
 
 @pytest.fixture(scope="module")
-def shard_folders(tmp_path_factory, tiny_data_dir: Path, tiny_shards: Path) -> dict[str, Path]:
+def shard_folders(tiny_shards: Path, half_text) -> dict[str, Path]:
     """By name; in `half_text` the second of two ranks has training records without an image."""
-    half_text = tmp_path_factory.mktemp("half_text")
-    records = json.loads((tiny_data_dir / "train.json").read_text())
-    for record in records[1::2]:
-        del record["image"]
-    (half_text / "train.json").write_text(json.dumps(records))
-    shard_file(
-        half_text / "train.json",
-        half_text / "train",
-        "training",
-        4,
-        progress=False,
-        image_root=tiny_data_dir,
-    )
-    (half_text / "meta").symlink_to(tiny_shards / "meta")
-    return {"all_images": tiny_shards, "half_text": half_text}
+    return {"all_images": tiny_shards, "half_text": half_text(1)}
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +128,13 @@ def runs(tmp_path_factory, tiny_prm_dir: Path, shard_folders: dict[str, Path]) -
     out = tmp_path_factory.mktemp("world_sizes")
     worker = Path(__file__).with_name("bilevel_worker.py")
 
-    def spawn(world_size: int, variants: dict) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
+    def spawn(world_size: int, variants: dict) -> None:
         for variant in variants.values():
             variant["shards"] = str(shard_folders[variant.get("shards", "all_images")])
-        arguments = [worker, out, tiny_prm_dir, json.dumps(variants), "cpu"]
-        command = [sys.executable, *map(str, [*launcher, *arguments])]
-        return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        run_on_ranks(world_size, worker, out, tiny_prm_dir, json.dumps(variants), "cpu")
 
     with ThreadPoolExecutor() as pool:
-        for done in pool.map(spawn, *zip(*VARIANTS.items(), strict=True)):
-            assert done.returncode == 0, done.stderr[-4000:]
+        list(pool.map(spawn, *zip(*VARIANTS.items(), strict=True)))
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
 

@@ -1,13 +1,11 @@
 """Models with the shapes that the tiny one lacks."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from data_tools.shard import shard_file
 from dreamprm_dist.prm.model import PRM, load_tokenizer
 from dreamprm_dist.training.export import save_model
 
@@ -41,19 +39,3 @@ def wide_prm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_prm_dir: Path) -
 def large_prm_dir(tmp_path_factory: pytest.TempPathFactory, tiny_prm_dir: Path) -> Path:
     """Embeddings and head have 53.8 M parameters each, more than `reduce_bucket_size`."""
     return widened(tmp_path_factory.mktemp("large"), tiny_prm_dir, vocab_size=60_000)
-
-
-@pytest.fixture(scope="session")
-def half_text(
-    tmp_path_factory: pytest.TempPathFactory, tiny_data_dir: Path, tiny_shards: Path
-) -> Path:
-    """Shards of which the even ones, all that the first of two ranks has, are without images."""
-    out = tmp_path_factory.mktemp("half_text")
-    records = json.loads((tiny_data_dir / "train.json").read_text())
-    for record in records[::2]:
-        del record["image"]
-    (out / "train.json").write_text(json.dumps(records))
-    image_root = {"progress": False, "image_root": tiny_data_dir}
-    shard_file(out / "train.json", out / "train", "training", 4, **image_root)
-    (out / "meta").symlink_to(tiny_shards / "meta")
-    return out

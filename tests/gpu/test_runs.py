@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import has_gpu, most_ranks, on_gpu, two_gpus
+from started_run import run_on_ranks
 
 TESTS = Path(__file__).resolve().parents[1]
 TRAIN = TESTS.parent / "launch" / "train.py"
@@ -43,15 +44,6 @@ OPTIONS = {
 }
 
 
-def run_on(world_size: int, *command: object) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
-    done = subprocess.run(
-        [sys.executable, *map(str, [*launcher, *command])],
-        **{"capture_output": True, "text": True, "timeout": 900, "check": False},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -66,9 +58,11 @@ def sizes(world_size: int, accumulation: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory, request, tiny_prm_dir: Path, tiny_shards: Path, half_text: Path
+    tmp_path_factory, request, tiny_prm_dir: Path, tiny_shards: Path, half_text
 ) -> Callable[[tuple[str, int]], dict]:
     """What variants of one run compute, by device and number of ranks, each from one start."""
+
+    text_first = half_text(0)
 
     @lru_cache
     def on(place: tuple[str, int]) -> dict:
@@ -92,14 +86,14 @@ def runs(
         variants = {
             name: {
                 "flags": text.split(),
-                "shards": str(half_text if name == "half_text" else tiny_shards),
+                "shards": str(text_first if name == "half_text" else tiny_shards),
                 "iterations": ITERATIONS,
             }
             for name, text in flags.items()
         }
         out = tmp_path_factory.mktemp("runs")
         worker = WORKERS / "bilevel_worker.py"
-        run_on(world_size, worker, out, model, json.dumps(variants), device)
+        run_on_ranks(world_size, worker, out, model, json.dumps(variants), device)
         return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
     return on
@@ -184,7 +178,7 @@ def test_a_nan_in_bf16_leaves_parameters_and_moments_alone(
     variants = {"table": common, "ghost": [*common, *GHOST.split()]}
     worker = WORKERS / "skipped_steps_worker.py"
     data = (tiny_prm_dir, tiny_shards, json.dumps(variants), device)
-    run_on(world_size, worker, tmp_path, *data)
+    run_on_ranks(world_size, worker, tmp_path, *data)
     for rank in range(world_size):
         found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
         assert "a loss or gradient was NaN or infinite in 3" in found["message"]

@@ -1,9 +1,7 @@
 """A plan's figures against those of real runs of two ranks."""
 
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from dreamprm_dist.planning.iteration import count_iteration
 from dreamprm_dist.planning.workload import Workload
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM
-from dreamprm_dist.training import strategy
 
 WORKLOAD = Workload(tiles=3, text_tokens=40, steps=2)
 SIZE = 8
@@ -77,16 +74,6 @@ def iteration_of(run: Any) -> tuple:
     return lower, [real_batch(prm, upper.meta_batch_size) for _ in range(count)]
 
 
-def small_buckets(folder: Path) -> Path:
-    """The strategies, with buckets that a tiny model fills several times."""
-    for file in strategy.DS_CONFIGS.iterdir():
-        if file.name.endswith(".json"):
-            settings = json.loads(file.read_text())
-            settings["zero_optimization"]["reduce_bucket_size"] = 1000
-            (folder / file.name).write_text(json.dumps(settings))
-    return folder
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -120,11 +107,9 @@ def small_buckets(folder: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_memory_is_what_is_planned_by_phase(
-    make_run, flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_memory_is_what_is_planned_by_phase(make_run, small_buckets, flags: tuple[str, ...]):
     """But for what kernels, gloo and the reweighter take."""
-    monkeypatch.setattr(strategy, "DS_CONFIGS", small_buckets(tmp_path))
+    small_buckets()
     with PhasePeaks(torch.device("cpu")) as measured:
         run = make_run(*FLAGS, *flags)
         run.trainer.iteration(*iteration_of(run))  # makes the optimizer's state

@@ -1,6 +1,5 @@
 """bf16 under ZeRO: what is added up in float32, what stays in it, and steps that are skipped."""
 
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from dreamprm_dist import distributed
 from dreamprm_dist.hypergradient.sama import adam_derivative
-from dreamprm_dist.training import strategy
 from dreamprm_dist.training.passes import lower_loss
 from dreamprm_dist.training.run import TrainingRun
 from dreamprm_dist.training.zero_state import Snapshot
@@ -56,14 +54,6 @@ def true_gradient(run: TrainingRun, micro_batches: list) -> Tensor:
     return whole
 
 
-def small_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Have most parameters be larger than the bucket that ZeRO reduces."""
-    settings = json.loads((strategy.DS_CONFIGS / f"{name}.json").read_text())
-    settings["zero_optimization"] |= {"reduce_bucket_size": 1000, "overlap_comm": False}
-    (tmp_path / f"{name}.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(strategy, "DS_CONFIGS", tmp_path)
-
-
 @pytest.mark.parametrize(
     ("name", "steps", "bucket"),
     [
@@ -76,10 +66,10 @@ def small_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) ->
     ],
 )
 def test_micro_batches_add_up_in_float32(
-    make_run, tmp_path: Path, monkeypatch, name: str, steps: int, bucket: str
+    make_run, small_buckets, name: str, steps: int, bucket: str
 ):
     if bucket == "small":
-        small_buckets(tmp_path, monkeypatch, name)
+        small_buckets(overlap_comm=False)
     run = make_run(*SETTINGS, "--baseline", "--strategy", name, *accumulating(1, steps))
     (micro_batches, *_), _ = next(run.data())
     truth = true_gradient(run, micro_batches)

@@ -1,6 +1,5 @@
 """What a plan says: verdicts, remedies, sizes; its figures are held against runs on ranks."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +91,9 @@ def planned(run: TrainConfig) -> Plan:
 
 
 def test_remedies_keep_the_global_batch_and_cost_as_little_as_they_can(
-    tiny_prm_dir: Path, tiny_gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_prm_dir: Path, tiny_gpu, small_buckets
 ):
-    smaller_buckets(monkeypatch, tmp_path)
+    small_buckets()
     run = config(
         *(tiny_prm_dir, "--hypergradient", "ghost", "--batch_size", "8", "--meta_batch_size", "4")
     )
@@ -135,17 +134,6 @@ def test_remedies_keep_the_global_batch_and_cost_as_little_as_they_can(
     tiny_gpu(0.9 * least)
     plan = planned(run)
     assert plan.remedy() is None and "no flag makes it fit" in plan.text()
-
-
-def smaller_buckets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """ZeRO's buckets are of 50 M elements, beside which a tiny model is nothing."""
-    from dreamprm_dist.training import strategy
-
-    for name in ("zero2", "zero2_offload"):
-        settings = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-        settings["zero_optimization"]["reduce_bucket_size"] = 1000
-        (folder / f"{name}.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(strategy, "DS_CONFIGS", folder)
 
 
 def test_time_is_that_of_mean_instances_and_memory_that_of_the_largest(
