@@ -70,7 +70,7 @@ class Batch:
         step_rows: (n,) the instance that each step belongs to, ascending.
         step_positions: (n,) the position in that instance whose logits score the step.
         step_targets: (n,) token ids of the labels, `IGNORE_INDEX` where unlabelled.
-        sample_ids: (B,) int64.
+        sample_ids: (B,) int64; -1 for an instance without a weight of its own.
         true_false: (B,) float32, 1 where the final answer is right (meta instances only).
         tile_rows: (U,) the instance that each tile belongs to; None where instances may share one.
     """
@@ -87,6 +87,14 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def weighted(self) -> Tensor:
+        """(B,) on the CPU, whether an instance has a weight of its own.
+
+        Those of the meta set that joined the lower level have none.
+        """
+        return self.sample_ids >= 0
 
     def _map(self, function) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -75,16 +75,21 @@ class Reweighter(ABC):
 
     @abstractmethod
     def raw_weights_of(self, batch: Batch, features: Tensor) -> Tensor:
-        """Raw weights (B,) of a batch, before the activation."""
+        """Raw weights (B,) of a batch, before the activation; any number where it has none."""
 
     @abstractmethod
     def activate(self, raw: Tensor) -> Tensor:
         """Raw weights to weights."""
 
     def weights(self, batch: Batch, features: Tensor) -> Tensor:
-        """Weights (B,) that the lower level multiplies the instance losses by."""
+        """Weights (B,) that the lower level multiplies the instance losses by.
+
+        1 for instances that have none of their own, see `Batch.weighted`.
+        """
         weights = self.activate(self.raw_weights_of(batch, features))
-        return weights if self.differentiate_weights else weights.detach()
+        weights = weights if self.differentiate_weights else weights.detach()
+        weighted = batch.weighted.to(weights.device, non_blocking=True)
+        return weights.where(weighted, weights.new_ones(()))
 
     @abstractmethod
     def add_hypergradient(

@@ -46,9 +46,10 @@ class InstanceTable(Reweighter):
     def add_hypergradient(
         self, batch: Batch, values: Observation, derivatives: Observation, size: int
     ) -> None:
-        rows = self.partition.rows(batch.sample_ids)
+        weighted = batch.weighted
+        rows = self.partition.rows(batch.sample_ids[weighted])
         raw = self.raw_weights[rows].requires_grad_()
-        cotangents = -derivatives.losses.to(raw.dtype) / size
+        cotangents = -derivatives.losses[weighted].to(raw.dtype) / size
         (gradient,) = torch.autograd.grad(self.activate(raw), raw, cotangents)
         self._pending.append((rows, gradient))
 

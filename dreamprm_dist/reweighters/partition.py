@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamprm_dist import distributed
+from dreamprm_dist.data.joined import NO_ROW
 from dreamprm_dist.data.sampler import owned_shards
 from dreamprm_dist.errors import InputError
 
@@ -35,11 +36,14 @@ class RowPartition:
     def rows(self, sample_ids: Tensor) -> Tensor:
         """Local rows of sample IDs (B,), which are on the CPU: checking them waits for no GPU.
 
+        `NO_ROW` stays as it is.
+
         Raises:
             InputError: an ID is another rank's or beyond the data.
         """
         shards, rows = sample_ids % self.num_shards, sample_ids // self.num_shards
-        foreign = shards % self.world_size != self.rank
+        has_row = sample_ids != NO_ROW
+        foreign = has_row & (shards % self.world_size != self.rank)
         if foreign.any():
             stray = int(sample_ids[foreign][0])
             raise InputError(
@@ -47,10 +51,11 @@ class RowPartition:
                 f"not to rank {self.rank}: each rank reads its own shards only"
             )
         local_shards = shards // self.world_size
-        beyond = (sample_ids < 0) | (rows >= self._counts[local_shards])
+        beyond = has_row & ((sample_ids < 0) | (rows >= self._counts[local_shards]))
         if beyond.any():
             raise InputError(f"sample_id {int(sample_ids[beyond][0])} is not in the training data")
-        return (self._offsets[local_shards] + rows).to(self._device, non_blocking=True)
+        local = (self._offsets[local_shards] + rows).where(has_row, NO_ROW)
+        return local.to(self._device, non_blocking=True)
 
     def by_shard(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of this rank's rows, cut into those of each of its shards."""

@@ -37,7 +37,7 @@ class ReplicatedReweighter(Reweighter):
 
     def weights(self, batch: Batch, features: Tensor) -> Tensor:
         weights = super().weights(batch, features)
-        self._seen.append(weights.detach())
+        self._seen.append(weights.detach()[batch.weighted])
         return weights
 
     def add_hypergradient(
@@ -52,7 +52,7 @@ class ReplicatedReweighter(Reweighter):
             terms = dual.primal * derivatives.losses
             if dual.tangent is not None:
                 terms = terms + dual.tangent * values.losses
-            (-terms.sum() / size).backward()
+            (-terms[batch.weighted].sum() / size).backward()
         self.module.requires_grad_(False)
 
     def hypergradient(self) -> Tensor:

@@ -62,20 +62,27 @@ def start_text(
     config: TrainConfig,
     train_shards: ShardFolder,
     meta_shards: ShardFolder | None,
+    trained_rows: int,
     setting: Setting,
 ) -> str:
-    """The size of a run (data, global batches, epochs, checkpoints), and what it stands on."""
+    """The size of a run (data, global batches, epochs, checkpoints), and what it stands on.
+
+    Args:
+        trained_rows: instances that the lower level draws from, those of the meta set among them.
+    """
     run, steps = config.run, config.upper.unroll_steps
     data = f"{train_shards.num_rows:,} training instances in {train_shards.num_shards} shards"
     if meta_shards is not None:
         data += f", {meta_shards.num_rows:,} meta solutions of {meta_shards.num_groups:,} questions"
+    if joined := trained_rows - train_shards.num_rows:
+        data += f", {joined:,} of which train the PRM too"
     values, sizes = config.as_dict(), config.global_batch_sizes(setting.ranks)
     batches = [
         f"{total} = {setting.ranks} rank(s) x {name} {values[name]} x "
         f"{BATCH_FLAGS[name]} {values[BATCH_FLAGS[name]]}"
         for name, total in sizes.items()
     ]
-    epochs = run.iteration_num * steps * sizes["batch_size"] / train_shards.num_rows
+    epochs = run.iteration_num * steps * sizes["batch_size"] / trained_rows
     saves = math.ceil(run.iteration_num / run.save_every_iterations)
     return "\n".join(
         [

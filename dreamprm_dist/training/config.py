@@ -51,6 +51,11 @@ class DataConfig(FlagGroup):
         0.0,
         "Part of the meta questions that is only measured on, at each checkpoint.",
     )
+    train_on_meta: Literal["none", "steps", "answer"] = flag(
+        "none",
+        "The meta set also joins the lower level, its instances at weight 1: with the labels of "
+        "their steps, or with the answer's as that of the last step. Held-out questions stay out.",
+    )
     image_root: str | None = flag(
         None, "Folder that image paths of a raw file start at (default: the file's own folder)."
     )
@@ -208,8 +213,9 @@ class TrainConfig:
 
     @property
     def reads_meta(self) -> bool:
-        """Whether the meta set is used, to learn from or to measure on."""
-        return self.learns or self.data.meta_validation_fraction > 0
+        """Whether the meta set is used: to learn weights from, to train on, or to measure on."""
+        data = self.data
+        return self.learns or data.meta_validation_fraction > 0 or data.train_on_meta != "none"
 
     def global_batch_sizes(self, world_size: int) -> dict[str, int]:
         """Instances of a lower step and, if there is one, of an upper step, over all ranks."""

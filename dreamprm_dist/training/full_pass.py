@@ -23,6 +23,7 @@ def raw_weights_now(prm: PRM, reweighter: Reweighter, batches: Iterable[Batch]) 
     """
     raw = torch.empty(reweighter.partition.num_rows, device=reweighter.device)
     for batch in batches:
+        assert batch.weighted.all()
         output = prm(batch)
         losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
         features = reweighter.features(output, losses, batch)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset
+from dreamprm_dist.data.joined import NO_ROW, JoinedRows
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
 from dreamprm_dist.data.schema import step_labels
 from dreamprm_dist.data.shards import ShardFolder
@@ -54,7 +55,7 @@ class RankBatches(Dataset):
         share_tiles: see `collate`.
     """
 
-    shards: ShardFolder | RowSubset
+    shards: ShardFolder | RowSubset | JoinedRows
     tokenizer: PreTrainedTokenizerBase
     format: InputFormat
     global_batch_size: int
@@ -71,6 +72,7 @@ class RankBatches(Dataset):
         self._draws_per_shard = self.shards.rows_per_shard
         if self.by_question:
             shards = range(self.shards.num_shards)
+            assert not isinstance(self.shards, JoinedRows)
             self._questions = [self.shards.questions(shard) for shard in shards]
             self._draws_per_shard = [len(questions) for questions in self._questions]
 
@@ -263,5 +265,7 @@ class _Items(Dataset):
             raise
 
 
-def _named(shards: ShardFolder | RowSubset, record: dict, problem: object) -> str:
-    return f"{shards.path}: sample_id {record['sample_id']} (id {record['source_id']!r}): {problem}"
+def _named(shards: ShardFolder | RowSubset | JoinedRows, record: dict, problem: object) -> str:
+    number, source_id = record["sample_id"], record["source_id"]
+    what = "of the meta set that joined it" if number == NO_ROW else f"sample_id {number}"
+    return f"{shards.path}: {what} (id {source_id!r}): {problem}"

@@ -22,14 +22,16 @@ from huggingface_hub.utils import validate_repo_id
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.model_folder import CARD, resolve_model
 
-DATA_FLAGS = ("train_json_file", "meta_json_file", "max_patch_num", "label_context")
+DATA_FLAGS = (
+    *("train_json_file", "meta_json_file", "train_on_meta", "max_patch_num", "label_context"),
+)
 CARD_METRICS = ("iteration", "epoch", "lower_loss", "weighted_loss", "meta_loss", "weight_mean")
 _TAG = "dreamprm_dist"
 _INHERITED = ("base_model", "license", "license_name", "license_link")
 # Flags that say nothing where no meta set is read, besides those that begin with "meta_".
 _OF_META = {
     *("aggregation_function", "loss_target", "score_over", "group_meta_by_question", "rollback"),
-    *("hypergradient", "hypergradient_scope", "precondition", "unroll_window"),
+    *("hypergradient", "hypergradient_scope", "precondition", "unroll_window", "train_on_meta"),
 }
 _USE = """\
 In this folder (`pip install` dreamprm_dist; no torchvision is needed):
@@ -87,7 +89,8 @@ class ModelCard:
                 instances each data set gave.
         """
         learns = settings.get("reweighter", "uniform") != "uniform"
-        if not learns and not settings.get("meta_validation_fraction"):
+        joins = settings.get("train_on_meta", "none") != "none"
+        if not (learns or joins or settings.get("meta_validation_fraction")):
             settings = {
                 k: v for k, v in settings.items() if k not in _OF_META and not k.startswith("meta_")
             }

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset, hold_out
+from dreamprm_dist.data.joined import JoinedRows
 from dreamprm_dist.data.sampler import check_every_shard_learns, check_ranks
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.files import whole_folder, whole_lines
@@ -104,18 +106,21 @@ class TrainingRun:
         lower, upper = config.lower, config.upper
         estimator = config.hypergradient.estimator
         ghost = Ghost(prm) if config.learns and estimator.in_lower_step else None
-        self.lower_batches = self._batches(
-            train_shards,
-            LOWER,
-            lower.batch_size,
-            lower.gradient_accumulation,
-            share_tiles=ghost is None,
-        )
         self.meta_batches = self.validation_batches = None
         meta: ShardFolder | RowSubset | None = meta_shards
         if meta_shards and (fraction := config.data.meta_validation_fraction):
             meta, held_out = hold_out(meta_shards, fraction, config.run.seed)
             self.validation_batches = self._batches(held_out, UPPER, upper.meta_batch_size, 1)
+        trained: ShardFolder | JoinedRows = train_shards
+        if meta and (labels := config.data.train_on_meta) != "none":
+            trained = JoinedRows(train_shards, meta, labels)
+        self.lower_batches = self._batches(
+            trained,
+            LOWER,
+            lower.batch_size,
+            lower.gradient_accumulation,
+            share_tiles=ghost is None,
+        )
         if meta and config.learns:
             self.meta_batches = self._batches(
                 meta,
@@ -153,11 +158,12 @@ class TrainingRun:
         self.trainer = BilevelTrainer(engine, reweighter, config, label_ids, ghost)
         self._warned_of_negative_weights = False
         setting = setting_of(prm, config, device, distributed.world_size())
-        logger.info(start_text(config, train_shards, meta_shards, setting))
+        rows = self.lower_batches.shards.num_rows
+        logger.info(start_text(config, train_shards, meta_shards, rows, setting))
 
     def _batches(
         self,
-        shards: ShardFolder | RowSubset,
+        shards: ShardFolder | RowSubset | JoinedRows,
         level: int,
         batch_size: int,
         accumulation: int,
@@ -307,7 +313,7 @@ class TrainingRun:
         instances = size * self.config.upper.unroll_steps
         metrics = {
             "iteration": iteration,
-            "epoch": iteration * instances / self.train_shards.num_rows,
+            "epoch": iteration * instances / self.lower_batches.shards.num_rows,
             "lower_loss": totals[0] / size,
             "weighted_loss": totals[1] / size,
             "lr": lower.lr,
@@ -348,7 +354,9 @@ class TrainingRun:
         """
         reweighter = self.trainer.reweighter
         if reweighter.reads_prm:
-            batches = self._every_row(self.lower_batches, "weights")
+            batches = self._every_row(
+                replace(self.lower_batches, shards=self.train_shards), "weights"
+            )
             raw = raw_weights_now(self.trainer.engine.module, reweighter, batches)
         else:
             raw = reweighter.local_raw_weights()

@@ -184,6 +184,40 @@ def test_held_out_meta_questions_are_never_learned_from(make_run, grouped: list[
     assert drawn == kept
 
 
+@pytest.mark.parametrize(
+    "kind", [["--baseline"], ["--unroll_window", "all"], ["--reweighter", "instance_net"]]
+)
+def test_a_meta_set_that_is_trained_on_keeps_its_held_out_questions_out(make_run, kind):
+    run = make_run(
+        *("--meta_validation_fraction", "0.4", "--train_on_meta", "answer"),
+        *("--batch_size", "4", "--iteration_num", "30", *kind),
+    )
+    joined, train = run.lower_batches.shards, run.train_shards
+    behind = {s: train.rows_per_shard[s] for s in range(distributed.rank(), 4, 2)}
+    trained = {i for s, rows in behind.items() for i in joined.read_column(s, "source_id")[rows:]}
+    batches = run.validation_batches.shards
+    held_out = {i for s in range(4) for i in batches.read_column(s, "source_id")}
+    assert trained and held_out and not trained & held_out
+    drawn, weights, weighted = 0, [], []
+    for window, meta in run.data():
+        for batch in window[0]:
+            drawn += len(batch)
+            weighted += batch.weighted.tolist()
+        if len(weights) < 3:
+            seen = run.trainer.iteration(window, meta)
+            weights += seen.lower.weights[~window[0][0].weighted].tolist()
+    assert set(weights) <= {1.0}
+    # Each instance is drawn as often as any other.
+    rows = sum(joined.rows_per_shard[s] for s in behind)
+    share = 1 - sum(behind.values()) / rows
+    assert weighted.count(False) / drawn == pytest.approx(share, abs=0.1)
+    metrics = run.metrics(30, seen)
+    assert metrics["epoch"] == pytest.approx(30 * 8 / joined.num_rows)
+    if run.config.learns:
+        raw, _ = run.instance_weights() or (torch.empty(train.num_rows), None)
+        assert len(raw) == train.num_rows
+
+
 def test_a_baseline_measures_on_meta_questions_and_learns_from_none(make_run):
     run = make_run("--baseline", "--meta_validation_fraction", "0.4", "--rollback")
     assert run.meta_batches is None and run.validation_batches is not None

@@ -42,7 +42,7 @@ def test_rows_follow_the_sample_ids():
     assert raw[torch.arange(10)].tolist() == weights.partition.rows(torch.arange(10)).tolist()
 
 
-@pytest.mark.parametrize("sample_id", [-1, 10, 11, 300])
+@pytest.mark.parametrize("sample_id", [-2, 10, 11, 300])
 def test_an_id_beyond_the_data_is_refused(sample_id):
     with pytest.raises(ValueError, match=f"sample_id {sample_id} "):
         weights_of(table(), [0, sample_id])
