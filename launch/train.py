@@ -11,6 +11,7 @@ from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.flags import run
 from dreamprm_dist.prm.model_folder import EXPORT
 from dreamprm_dist.training.config import DataConfig, TrainConfig, parse_train_config
+from dreamprm_dist.training.given_weights import weight_files
 from dreamprm_dist.training.run import METRICS, TrainingRun
 
 
@@ -33,7 +34,10 @@ def train(config: TrainConfig, device: torch.device) -> None:
     model = config.model.reward_model
     refuse_overwriting(
         (folder / name for name in (EXPORT, "checkpoints", "config.yaml", METRICS)),
-        [model, Path(model, EXPORT), data.train_json_file, data.meta_json_file],
+        [
+            *(model, Path(model, EXPORT), data.train_json_file, data.meta_json_file),
+            *weight_files(config.reweighter).values(),
+        ],
         into=folder,
     )
     train_shards = open_shards(data.train_json_file, "training", data)

@@ -37,6 +37,8 @@ class ReweighterContext:
         hidden_size: width of the PRM's last hidden states.
         label_ids: token ids of `+` and `-`.
         seed: of the run.
+        given_weights: weights of a shard's rows (rows,) in float32, finite and within what the
+            activation gives, where the run was given any.
     """
 
     rows_per_shard: list[int]
@@ -46,6 +48,7 @@ class ReweighterContext:
     hidden_size: int
     label_ids: dict[str, int]
     seed: int
+    given_weights: Callable[[int], Tensor] | None = None
 
 
 class Reweighter(ABC):

@@ -25,7 +25,7 @@ class ReweighterConfig(FlagGroup):
 
     reweighter: str = flag(
         "instance_table",
-        "How weights are held: one per instance, a net, one per data set, or all 1.",
+        "How weights are held: one per instance, a net, one per data set, given, or all 1.",
         choices=REWEIGHTERS,
     )
     row_update: str = flag(
@@ -52,6 +52,12 @@ class ReweighterConfig(FlagGroup):
     weight_min: float = flag(-1.0, "Lower bound of Clip and Project.")
     weight_max: float = flag(3.0, "Upper bound of Clip and Project.")
     initialization: float = flag(1.0, "Raw weight of every instance (or data set) at the start.")
+    initial_weights: str | None = flag(
+        None, "Table: a Parquet file of the weights it starts from, in place of initialization."
+    )
+    instance_weights: str | None = flag(
+        None, "Fixed: a Parquet file of the weights, as export/instance_weights.parquet of a run."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +65,16 @@ class ReweighterConfig(FlagGroup):
             raise InputError(
                 "Project is for the table's rows; use Clip or sigmoid with instance_net"
             )
-        if self.activation_function in ("Clip", "Project") and not (
-            self.weight_min <= self.initialization <= self.weight_max
+        if self.initial_weights and self.decay_to_initialization:
+            raise InputError(
+                "decay_to_initialization is for rows that start alike; leave it out with "
+                "initial_weights"
+            )
+        starts_alike = not self.initial_weights
+        if (
+            starts_alike
+            and self.activation_function in ("Clip", "Project")
+            and not (self.weight_min <= self.initialization <= self.weight_max)
         ):
             raise InputError(
                 f"initialization {self.initialization} lies outside weight_min {self.weight_min} "

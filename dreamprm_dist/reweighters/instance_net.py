@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
-from dreamprm_dist.reweighters.activations import ACTIVATIONS
+from dreamprm_dist.reweighters.activations import activate
 from dreamprm_dist.reweighters.base import ReweighterContext
 from dreamprm_dist.reweighters.features import FEATURES, labelled
 from dreamprm_dist.reweighters.replicated import ReplicatedReweighter
@@ -58,7 +58,7 @@ class InstanceNet(ReplicatedReweighter):
         return zeros.index_add(0, rows, outputs) / counts.clamp(min=1)
 
     def activate(self, raw: Tensor) -> Tensor:
-        return ACTIVATIONS[self.config.activation_function](raw, self.config)
+        return activate(raw, self.config)
 
 
 def mlp(width: int, hidden_dim: int, num_layers: int) -> nn.Sequential:

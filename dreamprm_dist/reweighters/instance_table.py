@@ -11,7 +11,7 @@ from torch import Tensor
 from dreamprm_dist import distributed
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
-from dreamprm_dist.reweighters.activations import ACTIVATIONS
+from dreamprm_dist.reweighters.activations import activate, raw_weights_for
 from dreamprm_dist.reweighters.base import Reweighter, ReweighterContext, weight_statistics
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class InstanceTable(Reweighter):
-    """The rows of this rank.
+    """The rows of this rank; at the start of `initialization`, or by the weights that are given.
 
     Attributes:
         raw_weights: (local rows,) float32 in the partition's order.
@@ -30,9 +30,13 @@ class InstanceTable(Reweighter):
         self, config: ReweighterConfig, optimizer: MetaOptimizerConfig, context: ReweighterContext
     ):
         super().__init__(config, optimizer, context)
-        self.raw_weights = torch.full(
-            (self.partition.num_rows,), config.initialization, device=context.device
-        )
+        if context.given_weights:
+            weights = self.partition.read(context.given_weights)
+            self.raw_weights = raw_weights_for(weights, config)
+        else:
+            self.raw_weights = torch.full(
+                (self.partition.num_rows,), config.initialization, device=context.device
+            )
         make = ROW_UPDATES[config.row_update]
         self._learn_by(make([self.raw_weights], optimizer, config.decay_target))
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -41,7 +45,7 @@ class InstanceTable(Reweighter):
         return self.raw_weights[self.partition.rows(batch.sample_ids)]
 
     def activate(self, raw: Tensor) -> Tensor:
-        return ACTIVATIONS[self.config.activation_function](raw, self.config)
+        return activate(raw, self.config)
 
     def add_hypergradient(
         self, batch: Batch, values: Observation, derivatives: Observation, size: int

@@ -6,6 +6,8 @@ A rank only draws instances of its own shards, so look-up and update move no row
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,10 @@ class RowPartition:
             raise InputError(f"sample_id {int(sample_ids[beyond][0])} is not in the training data")
         local = (self._offsets[local_shards] + rows).where(has_row, NO_ROW)
         return local.to(self._device, non_blocking=True)
+
+    def read(self, of_shard: Callable[[int], Tensor]) -> Tensor:
+        """Values of this rank's rows, from those of each shard."""
+        return torch.cat([of_shard(shard) for shard in self.shards]).to(self._device)
 
     def by_shard(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of this rank's rows, cut into those of each of its shards."""

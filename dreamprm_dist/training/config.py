@@ -188,6 +188,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.retrain or self.run.baseline:
             self.reweighter = dataclasses.replace(self.reweighter, reweighter="uniform")
+        self._check_given_weights()
         if self.reweighter.differentiate_weights and not (
             self.hypergradient.estimator.differentiates_features
         ):
@@ -199,11 +200,26 @@ class TrainConfig:
         if self.run.keep_best and not self.data.meta_validation_fraction:
             raise InputError("keep_best needs a meta_validation_fraction above 0")
 
+    def _check_given_weights(self) -> None:
+        name, config = self.reweighter.reweighter, self.reweighter
+        if name == "fixed" and not config.instance_weights:
+            raise InputError(
+                "reweighter fixed trains on given weights; name their file with instance_weights"
+            )
+        for file, user in (("instance_weights", "fixed"), ("initial_weights", "instance_table")):
+            if getattr(config, file) and name != user:
+                raise InputError(
+                    f"{file} is for reweighter {user}, and the reweighter is {name}; leave it out, "
+                    f"or use {user}"
+                )
+
     @property
     def kind(self) -> str:
         """What the run is called."""
         if self.run.retrain:
             return "cold start"
+        if self.reweighter.reweighter == "fixed":
+            return "fixed weights"
         return "baseline" if self.run.baseline else "bi-level"
 
     @property

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 from transformers import GotOcr2ImageProcessorPil, PreTrainedTokenizerBase
 
+from dreamprm_dist.data.instance_values import source_ids_of
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.prm import layout
 from dreamprm_dist.prm.chat import CHAT_TEMPLATE, IMAGE_CONTEXT, IMAGE_END, IMAGE_START
@@ -86,13 +87,10 @@ def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weigh
     Args:
         raw_weights, weights: (instances,) float32.
     """
-    source_ids: list[str] = [""] * shards.num_rows
-    for shard in range(shards.num_shards):
-        source_ids[shard :: shards.num_shards] = shards.read_column(shard, "source_id")
     table = pa.table(
         {
             "sample_id": pa.array(range(shards.num_rows), pa.int64()),
-            "source_id": pa.array(source_ids, pa.string()),
+            "source_id": pa.array(source_ids_of(shards), pa.string()),
             "raw_weight": raw_weights.numpy(),
             "weight": weights.numpy(),
         }

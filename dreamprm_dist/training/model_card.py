@@ -33,6 +33,11 @@ _OF_META = {
     *("aggregation_function", "loss_target", "score_over", "group_meta_by_question", "rollback"),
     *("hypergradient", "hypergradient_scope", "precondition", "unroll_window", "train_on_meta"),
 }
+# Reweighters that learn nothing, and what is trained with them.
+_PLAIN = {
+    "uniform": "plain fine-tuning",
+    "fixed": "fine-tuning on fixed weights, one for each instance",
+}
 _USE = """\
 In this folder (`pip install` dreamprm_dist; no torchvision is needed):
 
@@ -88,7 +93,7 @@ class ModelCard:
             data_sets: for the training and the meta set, as far as they were read, how many
                 instances each data set gave.
         """
-        learns = settings.get("reweighter", "uniform") != "uniform"
+        learns = settings.get("reweighter", "uniform") not in _PLAIN
         joins = settings.get("train_on_meta", "none") != "none"
         if not (learns or joins or settings.get("meta_validation_fraction")):
             settings = {
@@ -242,7 +247,7 @@ def _origin(settings: Mapping[str, Any], learns: bool) -> str:
     if not settings:
         return "Exported by dreamprm_dist from a folder that does not say how it was trained."
     if not learns:
-        return "Trained by dreamprm_dist with plain fine-tuning."
+        return f"Trained by dreamprm_dist with {_PLAIN[settings.get('reweighter', 'uniform')]}."
     return (
         "Trained by dreamprm_dist with bi-level optimisation, a learned weight per instance "
         f"({settings['reweighter']})."

@@ -18,6 +18,7 @@ from dreamprm_dist.data.shards import ShardFolder, file_sha256
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.training.checkpoint import Checkpoint, newest_checkpoint
 from dreamprm_dist.training.config import BATCH_FLAGS, TrainConfig, parse_train_config
+from dreamprm_dist.training.given_weights import WEIGHT_FILES, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # content and not by where they lie, batch sizes by the global ones.
 MAY_CHANGE = {
     *("weights_path", "train_json_file", "meta_json_file", "image_root", "num_shards"),
+    *WEIGHT_FILES,
     *("save_every_iterations", "keep_last", "keep_best", "resume", "log_every", "num_workers"),
     *("device", "local_rank", "max_bad_steps", "collective_timeout", "dry_run"),
 }
@@ -36,11 +38,14 @@ def run_settings(
     """Settings, by flag, that must be equal for one run to go on with another's checkpoint."""
     data = {"train_json_file": train_shards, "meta_json_file": meta_shards}
     batches = {*BATCH_FLAGS, *BATCH_FLAGS.values()}
-    return {name: v for name, v in _fixed(config.as_dict()).items() if name not in batches} | {
-        name: f"shards with SHA-256 {file_sha256(shards.path / SHARD_MANIFEST)}"
-        for name, shards in data.items()
-        if shards is not None
-    }
+    settings = {n: v for n, v in _fixed(config.as_dict()).items() if n not in batches}
+    for name, shards in data.items():
+        if shards is not None:
+            digest = file_sha256(shards.path / SHARD_MANIFEST)
+            settings[name] = f"shards with SHA-256 {digest}"
+    for name, path in weight_files(config.reweighter).items():
+        settings[name] = f"a file with SHA-256 {file_sha256(path)}"
+    return settings
 
 
 def checkpoint_to_resume(config: TrainConfig, settings: dict, metrics: Path) -> Checkpoint | None:

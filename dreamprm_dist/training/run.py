@@ -35,6 +35,7 @@ from dreamprm_dist.training.config import TrainConfig, save_config
 from dreamprm_dist.training.engine import Engine
 from dreamprm_dist.training.export import export_prm, export_weights
 from dreamprm_dist.training.full_pass import mean_loss, raw_weights_now
+from dreamprm_dist.training.given_weights import given_weights
 from dreamprm_dist.training.loader import RankBatches
 from dreamprm_dist.training.metrics import MetricsWriter, peak_memory_bytes, truncate
 from dreamprm_dist.training.model_card import ModelCard, data_set_counts, origin
@@ -87,6 +88,7 @@ class TrainingRun:
             check_ranks({f.path: f.num_shards for f in folders}, distributed.world_size())
         self.config, self.device = config, device
         torch.manual_seed(config.run.seed)
+        weights = given_weights(config.reweighter, train_shards)
 
         prm = load_prm(config.model.reward_model, config.model.precision, device)
         self.tokenizer = load_tokenizer(config.model.reward_model)
@@ -152,6 +154,7 @@ class TrainingRun:
             hidden_size=prm.hidden_size,
             label_ids=label_ids,
             seed=config.run.seed,
+            given_weights=weights,
         )
         make = REWEIGHTERS[config.reweighter.reweighter]
         reweighter: Reweighter = make(config.reweighter, config.meta_optimizer, context)

@@ -6,14 +6,18 @@ import os
 from itertools import chain, islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from data_tools.shard import shard_file
 from dreamprm_dist import distributed
+from dreamprm_dist.data.instance_values import source_ids_of
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.prm.batch import InputFormat
-from dreamprm_dist.prm.model import PRECISIONS, load_tokenizer
+from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.prm.batch import Batch, InputFormat
+from dreamprm_dist.prm.model import PRECISIONS, PRM, load_tokenizer
 from dreamprm_dist.training.loader import RankBatches
 
 LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 8
@@ -228,6 +232,57 @@ def test_a_baseline_measures_on_meta_questions_and_learns_from_none(make_run):
     seen = run.trainer.iteration(window, meta)
     assert seen.upper is None and seen.lower.weights.eq(1).all()
     assert len(steps) == 1  # there is nothing to take again with other weights
+
+
+def test_given_weights_multiply_the_losses(make_run, tmp_path: Path):
+    """The same steps, bit for bit, as of a table that starts from them and stands still."""
+    file = Path(distributed.broadcast_text(str(tmp_path)), "weights.parquet")
+    shards = ShardFolder(os.environ["TESTS_ON_RANKS"].split(":")[1] + "/train")
+    ids = torch.arange(shards.num_rows)
+    weights = (ids * 0.37 % 3).float()
+    if distributed.rank() == 0:
+        order = ids.flip(0)
+        columns = {"source_id": source_ids_of(shards), "weight": weights.tolist()}
+        pq.write_table(pa.table(columns).take(pa.array(order.numpy())), file)
+    distributed.barrier()
+    flags = [*SETTINGS, "--activation_function", "No", "--iteration_num", "3"]
+    kinds = {
+        "fixed": ["--reweighter", "fixed", "--instance_weights", str(file)],
+        "table": ["--initial_weights", str(file), "--meta_lr", "0"],
+        "plain": ["--baseline"],
+    }
+    ends = {}
+    for kind, of_kind in kinds.items():
+        run = make_run(*flags, *of_kind)
+        parameters = list(run.trainer.engine.parameters.values())
+        for window, meta in run.data():
+            assert bool(meta) == (kind == "table")
+            if kind == "fixed":
+                norm = weighted_gradient_norm(run.trainer.engine.module, window[0], weights)
+            for micro_batches in window:
+                seen = run.trainer.lower_step(micro_batches)
+                if kind == "fixed" and micro_batches is window[0]:
+                    # DeepSpeed's is a sum of float32. The weights change it by a tenth and more.
+                    assert seen.gradient_norm == pytest.approx(norm, rel=1e-4)
+                expected = torch.cat([weights[batch.sample_ids] for batch in micro_batches])
+                assert seen.weights.equal(expected if kind != "plain" else torch.ones(2))
+            if kind == "table":
+                v, *_ = run.trainer.meta_gradient(meta)
+                run.trainer.add_hypergradient(window[-1], v)
+                assert run.trainer.reweighter.step() > 0
+        ends[kind] = torch.cat([p.detach().flatten() for p in parameters]).clone()
+    assert ends["fixed"].equal(ends["table"]) and not ends["fixed"].equal(ends["plain"])
+
+
+def weighted_gradient_norm(prm: PRM, micro_batches: list[Batch], weights: torch.Tensor) -> float:
+    """Norm of the gradient of (1/G) sum_i w_i l_i over both ranks' batches, which are equal."""
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches:
+        losses = instance_losses(prm(batch).logits, batch.step_targets, batch.step_rows, len(batch))
+        loss = (weights[batch.sample_ids] * losses).sum() / (2 * len(batch))
+        gradients = torch.autograd.grad(loss, list(prm.parameters()))
+        total = total + torch.cat([g.flatten() for g in gradients]).double()
+    return float(distributed.all_reduce_sum(total).norm())
 
 
 def test_negative_weights_are_said_once(make_run, caplog):

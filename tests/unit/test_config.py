@@ -173,6 +173,21 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
         (["--meta_scheduler_gamma", "0"], "meta_scheduler_gamma is 0.0; it must be above 0"),
         (["--row_update", "adamw_lazy"], "row_update adamw_lazy is no longer there; use norm"),
         (["--activation_function", "Clip", "--initialization", "4"], "lies outside"),
+        (["--reweighter", "fixed"], "name their file with instance_weights"),
+        (["--instance_weights", "w"], "for reweighter fixed, and the reweighter is instance_table"),
+        (
+            ["--reweighter=fixed", "--instance_weights=w", "--baseline"],
+            "instance_weights is for reweighter fixed, and the reweighter is uniform; leave it out",
+        ),
+        (
+            ["--reweighter", "domain_table", "--initial_weights", "w"],
+            "initial_weights is for reweighter instance_table, and the reweighter is domain_table",
+        ),
+        (
+            ["--reweighter=fixed", "--instance_weights=w", "--initial_weights=v"],
+            "initial_weights is for reweighter instance_table, and the reweighter is fixed",
+        ),
+        (["--initial_weights", "w", "--decay_to_initialization"], "rows that start alike; leave"),
     ],
 )
 def test_wrong_flags_are_refused(argv: list[str], message: str):
@@ -248,6 +263,15 @@ def test_the_global_batch_stays_on_any_number_of_ranks(world_size, lower, meta):
     if meta:
         assert (fitted.upper.meta_batch_size, fitted.upper.meta_gradient_accumulation) == meta
     assert fitted.global_batch_sizes(world_size) == sizes
+
+
+def test_a_run_on_given_weights_learns_none():
+    config = parse_train_config(["--reweighter", "fixed", "--instance_weights", "w.parquet"])
+    assert (config.learns, config.reads_meta, config.kind) == (False, False, "fixed weights")
+    table = parse_train_config(
+        ["--initial_weights", "w", "--activation_function", "Clip", "--weight_max", "0.5"]
+    )
+    assert table.learns  # the bounds are held against the file, for nothing starts at 1
 
 
 @pytest.mark.parametrize("flag", ["--retrain", "--baseline", "--reweighter=uniform"])

@@ -1,5 +1,7 @@
 """The table's rows against plain torch and against closed forms, on one rank."""
 
+import math
+
 import pytest
 import torch
 from reweighting import NO_FEATURES, batch_of, reweighter_of
@@ -7,7 +9,8 @@ from torch import Tensor
 
 from dreamprm_dist.losses import Observation
 from dreamprm_dist.reweighters import InstanceTable, partition
-from dreamprm_dist.reweighters.activations import ACTIVATIONS
+from dreamprm_dist.reweighters.activations import ACTIVATIONS, raw_weights_for
+from dreamprm_dist.reweighters.config import ReweighterConfig
 from dreamprm_dist.reweighters.row_updates import ROW_UPDATES
 
 ROWS = [4, 3, 3]  # sample IDs 0 to 9 in 3 shards
@@ -158,6 +161,37 @@ def test_activations_and_their_slopes(name, raw, weight, slope):
     add(weights, ids, torch.tensor([5.0, 7.0]))
     expected = torch.tensor(slope) * torch.tensor([5.0, 7.0])
     torch.testing.assert_close(weights.hypergradient().values(), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "raw", "lacking"),
+    [
+        ("LeakyReLU", [-0.01, 2.0], [-1.0, 2.0], []),
+        ("ReLU", [0.0, 2.0], [0.0, 2.0], [-1e-3, -2.0]),
+        ("No", [-1.0, 2.0], [-1.0, 2.0], []),
+        ("sigmoid", [0.5, 1 / (1 + math.e), 1e-30], [0.0, -1.0, -69.0776], [0.0, 1.0, -1.0, 2.0]),
+        ("Clip", [0.25, 1.5, 2.0], [0.25, 1.5, 2.0], [0.249, 2.001]),
+        ("Project", [0.25, 1.5, 2.0], [0.25, 1.5, 2.0], [0.249, 2.001, -1.0]),
+    ],
+)
+def test_given_weights_are_the_activations_of_raw_ones(name, weight, raw, lacking):
+    """The table starts from a raw weight of each; where there is none, it says so by NaN."""
+    given = torch.tensor(weight * 5)[:10]
+    context = {"given_weights": lambda shard: given[shard::3]}
+    bounds = {"weight_min": 0.25, "weight_max": 2.0}
+    weights = table(activation_function=name, context=context, **bounds)
+    torch.testing.assert_close(gathered(weights)[0], torch.tensor(raw * 5)[:10])
+    # 4e-6 is what a logit of -69 in float32 loses.
+    torch.testing.assert_close(gathered(weights)[1], given, rtol=1e-5, atol=0)
+    beyond = torch.tensor([*lacking, math.inf, -math.inf, math.nan])
+    assert raw_weights_for(beyond, weights.config).isnan().all()
+
+
+def test_a_bound_that_float32_rounds_is_a_bound():
+    """0.7 is larger than the float32 that a projection to 0.7 leaves, as a run exports it."""
+    config = ReweighterConfig(activation_function="Project", weight_min=0.7)
+    assert float(torch.tensor(0.7)) < 0.7
+    assert not raw_weights_for(torch.tensor([0.7, 3.0]), config).isnan().any()
 
 
 @pytest.mark.parametrize("row_update", ROW_UPDATES)

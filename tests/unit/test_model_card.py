@@ -126,6 +126,13 @@ def test_plain_fine_tuning_names_nothing_of_a_meta_set(tmp_path: Path, flag: str
     assert again.as_dict() | {"meta_json_file": ""} == config.as_dict() | {"meta_json_file": ""}
 
 
+def test_given_weights_are_said() -> None:
+    flags = ["--reweighter", "fixed", "--instance_weights", "/home/me/weights.parquet"]
+    text = card_of(flags).text()
+    assert "with fine-tuning on fixed weights, one for each instance." in text
+    assert "| instance_weights | `weights.parquet` |" in text and "| meta_lr |" not in text
+
+
 @pytest.mark.parametrize("flags", [LEARNS, ["--baseline", "--meta_validation_fraction", "0.5"]])
 def test_a_meta_set_that_was_read_is_named(tmp_path: Path, flags: list[str]) -> None:
     assert "| meta_json_file |" in card_of(flags).text()

@@ -206,6 +206,12 @@ FOLDERS: dict[str, Callable[[], object]] = {
     "run is the shards": lambda: train(train_json_file="runs/t", weights_path="runs/t"),
     "run is the meta shards": lambda: train(meta_json_file="runs/t/", weights_path="sub/../runs/t"),
     "data in the export": lambda: train(train_json_file=f"{MODEL}/t.json", weights_path="runs/a"),
+    "weights in the export": lambda: train(
+        reweighter="fixed", instance_weights="runs/a/export/t.json", weights_path="sub/../runs/a"
+    ),
+    "first weights in the export": lambda: train(
+        initial_weights="runs/a/export/t.json", weights_path="runs/a"
+    ),
     "page is metrics": lambda: write_run_report(
         [Path("runs/a")], Path("runs/a/metrics.jsonl"), None
     ),

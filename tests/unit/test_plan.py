@@ -53,6 +53,14 @@ def test_a_partition_is_a_ranks_share(tiny_prm_dir: Path):
     assert 2 * counted.parameters <= min(rest.values()) <= 2.1 * counted.parameters
 
 
+def test_given_weights_cost_what_plain_fine_tuning_costs(tiny_prm_dir: Path):
+    """Their file is not read: it may come from a run that is planned too."""
+    fixed = config(tiny_prm_dir, "--reweighter", "fixed", "--instance_weights", "none.parquet")
+    assert count_iteration(fixed, WORK, 2) == count_iteration(
+        config(tiny_prm_dir, "--baseline"), WORK, 2
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "less", "phase"),
     [
