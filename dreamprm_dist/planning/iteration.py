@@ -252,10 +252,12 @@ class _Counter:
 
     @torch.no_grad()
     def _export(self) -> None:
-        reads_prm = REWEIGHTERS[self._config.reweighter.reweighter].reads_prm
+        config = self._config
+        reads_prm = REWEIGHTERS[config.reweighter.reweighter].reads_prm
         with self._phase("export", times=0):  # it is no part of an iteration
-            if self._config.learns and reads_prm:  # for the weights of all instances
-                self._prm(self._batch(self._config.lower.batch_size))
+            # For the weights, or the losses, of all instances.
+            if (config.learns and reads_prm) or config.run.export_losses:
+                self._prm(self._batch(config.lower.batch_size))
 
 
 def net_bytes(config: ReweighterConfig, hidden_size: int) -> int:

@@ -158,6 +158,10 @@ class RunConfig(FlagGroup):
         10,
         "Iterations in a row with a NaN or infinite loss or gradient that end the run.",
     )
+    export_losses: bool = flag(
+        False,
+        "At the end also write export/instance_losses.parquet: each training instance's loss.",
+    )
     trackers: str | None = flag(
         None,
         "Experiment trackers by accelerate's names, separated by commas: tensorboard, wandb "

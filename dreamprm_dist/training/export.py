@@ -1,8 +1,9 @@
-"""The products of a run: `export/` with the PRM and `instance_weights.parquet`."""
+"""The products of a run: `export/` with the PRM, and weights and losses of its instances."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from dreamprm_dist.prm.model_folder import CARD
 from dreamprm_dist.prm.tiling import IMAGENET_MEAN, IMAGENET_STD
 from dreamprm_dist.training.model_card import ModelCard
 
-INSTANCE_WEIGHTS = "instance_weights.parquet"
+INSTANCE_WEIGHTS, INSTANCE_LOSSES = "instance_weights.parquet", "instance_losses.parquet"
 # By what names transformers' processor of InternVL knows the chat format's tokens. It wants one of
 # videos too: a word of its own would be one more than the model has embeddings, and no text that
 # the processor is given holds the end of an image.
@@ -87,12 +88,23 @@ def export_weights(folder: Path, shards: ShardFolder, raw_weights: Tensor, weigh
     Args:
         raw_weights, weights: (instances,) float32.
     """
-    table = pa.table(
-        {
-            "sample_id": pa.array(range(shards.num_rows), pa.int64()),
-            "source_id": pa.array(source_ids_of(shards), pa.string()),
-            "raw_weight": raw_weights.numpy(),
-            "weight": weights.numpy(),
-        }
-    )
-    pq.write_table(table, folder / INSTANCE_WEIGHTS)
+    columns = {"raw_weight": raw_weights.numpy(), "weight": weights.numpy()}
+    _write_instances(folder / INSTANCE_WEIGHTS, shards, columns)
+
+
+def export_losses(folder: Path, shards: ShardFolder, losses: Tensor) -> None:
+    """Write `instance_losses.parquet`: a row per instance in the order of sample IDs.
+
+    Args:
+        losses: (instances,) float32; NaN, where no step is labelled, becomes null.
+    """
+    columns = {"loss": pa.array(losses.numpy(), from_pandas=True)}
+    _write_instances(folder / INSTANCE_LOSSES, shards, columns)
+
+
+def _write_instances(path: Path, shards: ShardFolder, columns: Mapping[str, Any]) -> None:
+    ids = {
+        "sample_id": pa.array(range(shards.num_rows), pa.int64()),
+        "source_id": pa.array(source_ids_of(shards), pa.string()),
+    }
+    pq.write_table(pa.table({**ids, **columns}), path)

@@ -10,8 +10,10 @@ from torch import Tensor
 from dreamprm_dist import distributed
 from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import Batch
+from dreamprm_dist.prm.chat import IGNORE_INDEX
 from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.reweighters.base import Reweighter
+from dreamprm_dist.reweighters.partition import RowPartition
 
 
 @torch.no_grad()
@@ -30,6 +32,28 @@ def raw_weights_now(prm: PRM, reweighter: Reweighter, batches: Iterable[Batch]) 
         rows = reweighter.partition.rows(batch.sample_ids)
         raw[rows] = reweighter.raw_weights_of(batch, features)
     return raw
+
+
+@torch.no_grad()
+def instance_losses_now(
+    prm: PRM, partition: RowPartition, batches: Iterable[Batch], device: torch.device
+) -> Tensor:
+    """Unweighted instance losses (local rows,) of this rank's rows by the present PRM.
+
+    NaN where no step is labelled.
+
+    Args:
+        partition: of the rows.
+        batches: each of these rows once, on the device.
+    """
+    result = torch.empty(partition.num_rows, device=device)
+    for batch in batches:
+        logits = prm(batch).logits
+        losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        has_label = torch.zeros(len(batch), dtype=torch.bool, device=device)
+        has_label[batch.step_rows[batch.step_targets != IGNORE_INDEX]] = True
+        result[partition.rows(batch.sample_ids)] = losses.where(has_label, torch.nan)
+    return result
 
 
 @torch.no_grad()

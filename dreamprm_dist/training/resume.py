@@ -29,6 +29,7 @@ MAY_CHANGE = {
     *WEIGHT_FILES,
     *("save_every_iterations", "keep_last", "keep_best", "resume", "log_every", "num_workers"),
     *("device", "local_rank", "max_bad_steps", "collective_timeout", "dry_run"),
+    "export_losses",
 }
 
 

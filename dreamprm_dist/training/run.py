@@ -33,8 +33,8 @@ from dreamprm_dist.training.announce import end_text, setting_of, start_text, ti
 from dreamprm_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from dreamprm_dist.training.config import TrainConfig, save_config
 from dreamprm_dist.training.engine import Engine
-from dreamprm_dist.training.export import export_prm, export_weights
-from dreamprm_dist.training.full_pass import mean_loss, raw_weights_now
+from dreamprm_dist.training.export import export_losses, export_prm, export_weights
+from dreamprm_dist.training.full_pass import instance_losses_now, mean_loss, raw_weights_now
 from dreamprm_dist.training.given_weights import given_weights
 from dreamprm_dist.training.loader import RankBatches
 from dreamprm_dist.training.metrics import MetricsWriter, peak_memory_bytes, truncate
@@ -365,6 +365,15 @@ class TrainingRun:
             raw = reweighter.local_raw_weights()
         return reweighter.gather(raw)
 
+    def instance_losses(self) -> Tensor | None:
+        """Losses of all instances by sample ID by the present PRM, on rank 0 only.
+
+        A forward pass over the training data.
+        """
+        batches = self._every_row(self.lower_batches, "losses")
+        prm, partition = self.trainer.engine.module, self.trainer.reweighter.partition
+        return partition.gather(instance_losses_now(prm, partition, batches, self.device))
+
     def _card(self) -> ModelCard:
         read = {"training": self.train_shards, "meta": self.meta_shards}
         counts = {
@@ -378,11 +387,17 @@ class TrainingRun:
         return ModelCard.of_run(self.config.as_dict(), metrics, self.origin, counts)
 
     def export(self) -> None:
-        """Write `export/`: the PRM as a Hugging Face folder, and the weights of all instances."""
+        """Write `export/`: the PRM as a Hugging Face folder, and what is known of all instances.
+
+        That is their weights, where any were learned, and their losses, where they are asked for.
+        """
         weights = self.instance_weights() if self.config.learns else None
+        losses = self.instance_losses() if self.config.run.export_losses else None
         if distributed.rank() == 0:
             with whole_folder(self.folder / EXPORT) as folder:
                 export_prm(folder, self.trainer.engine.module, self.tokenizer, self._card())
                 if weights is not None:
                     export_weights(folder, self.train_shards, *weights)
+                if losses is not None:
+                    export_losses(folder, self.train_shards, losses)
         distributed.barrier()

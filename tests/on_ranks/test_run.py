@@ -16,8 +16,9 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.instance_values import source_ids_of
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.losses import instance_losses
-from dreamprm_dist.prm.batch import Batch, InputFormat
-from dreamprm_dist.prm.model import PRECISIONS, PRM, load_tokenizer
+from dreamprm_dist.prm.batch import Batch, InputFormat, collate
+from dreamprm_dist.prm.chat import IGNORE_INDEX
+from dreamprm_dist.prm.model import PRECISIONS, PRM, load_prm, load_tokenizer
 from dreamprm_dist.training.loader import RankBatches
 
 LR, META_LR, STEPS, ITERATIONS = 1e-3, 0.2, 2, 8
@@ -283,6 +284,37 @@ def weighted_gradient_norm(prm: PRM, micro_batches: list[Batch], weights: torch.
         gradients = torch.autograd.grad(loss, list(prm.parameters()))
         total = total + torch.cat([g.flatten() for g in gradients]).double()
     return float(distributed.all_reduce_sum(total).norm())
+
+
+def test_losses_of_all_instances_are_exported(make_run, tmp_path: Path):
+    """Those of the PRM in the export, each record on its own; of one no step is labelled."""
+    folder = Path(distributed.broadcast_text(str(tmp_path)), "run")
+    flags = [*SETTINGS, "--iteration_num", "2", "--out", str(folder)]
+    make_run(*flags).train()
+    distributed.barrier()
+    file = folder / "export" / "instance_losses.parquet"
+    assert not file.exists()
+    run = make_run(*flags, "--export_losses")  # of the finished run
+    run.train()
+    distributed.barrier()
+    found = pq.read_table(file).to_pydict()
+    assert list(found) == ["sample_id", "source_id", "loss"]
+    shards = run.train_shards
+    assert found["sample_id"] == list(range(64)) and found["source_id"] == source_ids_of(shards)
+    assert [i for i, loss in enumerate(found["loss"]) if loss is None] == [34]
+    prm = load_prm(str(folder / "export"), "fp32")
+    for i in range(distributed.rank(), 64, 7):
+        instance = run.lower_batches.instance(i % 4, i // 4)
+        batch = collate([instance], run.tokenizer.pad_token_id, share_tiles=True)
+        with torch.no_grad():
+            rows = prm(batch).logits.double().log_softmax(-1)
+        steps = [
+            -float(row[t])
+            for row, t in zip(rows, batch.step_targets, strict=True)
+            if t != IGNORE_INDEX
+        ]
+        if steps:  # a batch is padded, which turns last digits of float32
+            assert found["loss"][i] == pytest.approx(sum(steps) / len(steps), rel=1e-5)
 
 
 def test_negative_weights_are_said_once(make_run, caplog):
