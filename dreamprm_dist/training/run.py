@@ -357,20 +357,22 @@ class TrainingRun:
         """
         reweighter = self.trainer.reweighter
         if reweighter.reads_prm:
-            batches = self._every_row(
-                replace(self.lower_batches, shards=self.train_shards), "weights"
-            )
+            batches = self._every_row(self._weighted_batches(), "weights")
             raw = raw_weights_now(self.trainer.engine.module, reweighter, batches)
         else:
             raw = reweighter.local_raw_weights()
         return reweighter.gather(raw)
+
+    def _weighted_batches(self) -> RankBatches:
+        """Those of the training set alone, whether or not the meta set has joined it."""
+        return replace(self.lower_batches, shards=self.train_shards)
 
     def instance_losses(self) -> Tensor | None:
         """Losses of all instances by sample ID by the present PRM, on rank 0 only.
 
         A forward pass over the training data.
         """
-        batches = self._every_row(self.lower_batches, "losses")
+        batches = self._every_row(self._weighted_batches(), "losses")
         prm, partition = self.trainer.engine.module, self.trainer.reweighter.partition
         return partition.gather(instance_losses_now(prm, partition, batches, self.device))
 

@@ -287,9 +287,12 @@ def weighted_gradient_norm(prm: PRM, micro_batches: list[Batch], weights: torch.
 
 
 def test_losses_of_all_instances_are_exported(make_run, tmp_path: Path):
-    """Those of the PRM in the export, each record on its own; of one no step is labelled."""
+    """Those of the PRM in the export, each record on its own; of one no step is labelled.
+
+    The meta set that has joined the training set is no part of them.
+    """
     folder = Path(distributed.broadcast_text(str(tmp_path)), "run")
-    flags = [*SETTINGS, "--iteration_num", "2", "--out", str(folder)]
+    flags = [*SETTINGS, "--iteration_num", "2", "--out", str(folder), "--train_on_meta", "answer"]
     make_run(*flags).train()
     distributed.barrier()
     file = folder / "export" / "instance_losses.parquet"
