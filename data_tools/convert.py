@@ -1,6 +1,7 @@
 """Turn downloaded data files into the records that `data_tools.shard` and evaluation read.
 
     python -m data_tools.convert raw | conversations | reference | mmmu | candidates …
+    python -m data_tools.convert stepwise | prm800k | math_shepherd | to_stepwise …
 
 writes one JSONL file and, beside it, ``<name>.rejected.jsonl`` with the file, line, id and reason
 of every record that was not taken. Records stream through: memory does not grow with the file.
@@ -11,11 +12,12 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools import stepwise_commands
 from data_tools.mmmu import join_candidates, write_questions
 from data_tools.record_files import (
     RecordWriter,
@@ -136,9 +138,10 @@ class Converted(NamedTuple):
 def convert_files(
     inputs: list[Path],
     out: Path,
-    convert: Callable[[dict], dict],
+    convert: Callable[[dict], dict | list[dict]],
     *,
     name_dataset: bool,
+    read: Callable[[Path, int | None], Iterable[tuple[str | Path, int, object]]] | None = None,
     image_root: Path | None = None,
     check_images: bool = True,
     overwrite: bool = False,
@@ -152,8 +155,10 @@ def convert_files(
     (`find_image`). An image that is not there rejects its record.
 
     Args:
-        convert: from a record to a training or meta record; it raises RecordError.
+        convert: from a record to a training or meta record, or to several, of which the k-th
+            without an id is named ``<file>:<line>.<k>``; it raises RecordError.
         name_dataset: a record without a ``dataset`` gets its file's name, less the extension.
+        read: from an input and the limit to file, line and record, by default of JSON files.
         limit: the most records to read of each input.
 
     Raises:
@@ -169,24 +174,31 @@ def convert_files(
         for path in inputs:
             root = path.parent if image_root is None else image_root
             prefix = image_prefix(root, out)
-            for line, raw in read_with_progress(path, limit):
+            for file, line, raw in (read or _read_json)(path, limit):
                 try:
                     record = require_object(raw)
                     if name_dataset and not record.get("dataset"):
                         record["dataset"] = path.stem
                     converted = convert(record)
+                    several = isinstance(converted, list)
+                    made = converted if isinstance(converted, list) else [converted]
                     rules: list[int] = []
-                    converted = map_images(converted, partial(_found, root, check_images, rules))
+                    found = partial(_found, root, check_images, rules)
+                    made = [map_images(one, found) for one in made]
                 except RecordError as error:
-                    writer.reject(path, line, raw, str(error))
-                else:
-                    converted = with_source_id(converted, path, line)
-                    writer.write(with_prefix(converted, prefix))
-                    num_found.update(rules)
-                    num_unlabelled += "true_false" not in converted and not any(
-                        step_labels(converted["conversations"])
-                    )
+                    writer.reject(file, line, raw, str(error))
+                    continue
+                num_found.update(rules)
+                for k, one in enumerate(made, start=1):
+                    place = f"{line}.{k}" if several else line
+                    writer.write(with_prefix(with_source_id(one, file, place), prefix))
+                    if "conversations" in one and "true_false" not in one:
+                        num_unlabelled += not any(step_labels(one["conversations"]))
     return Converted(writer, num_unlabelled, num_found)
+
+
+def _read_json(path: Path, limit: int | None) -> Iterable[tuple[Path, int, object]]:
+    return ((path, line, record) for line, record in read_with_progress(path, limit))
 
 
 def _found(root: Path, check: bool, rules: list[int], image: str) -> str:
@@ -236,6 +248,7 @@ def _parser() -> CommandParser:
     )
     reference = command("reference", "train or meta JSON of the reference implementation", images)
     reference.add_argument("--kind", choices=("training", "meta"), required=True)
+    stepwise_commands.add(command, images)
     mmmu = command("mmmu", "MMMU or MMMU-Pro, Parquet or a datasets folder, to questions")
     mmmu.add_argument("source", type=Path, help="a Parquet file, a folder of them, or save_to_disk")
     mmmu.add_argument("--split", help="validation, test, …; needed when the folder has several")
@@ -269,6 +282,20 @@ def main(argv: list[str] | None = None) -> None:
         )
         unparsed = f", {num_unparsed} candidates unparsed and so not right" if num_unparsed else ""
         print(writer.summary() + unparsed)
+    elif args.command in stepwise_commands.NAMES:
+        stepwise = stepwise_commands.Stepwise(args)
+        converted = convert_files(
+            args.inputs,
+            args.out,
+            stepwise.convert,
+            name_dataset=args.command != "to_stepwise",
+            read=stepwise.read,
+            image_root=args.image_root,
+            check_images=not args.no_image_check,
+            overwrite=args.overwrite,
+            limit=args.limit,
+        )
+        print(converted.summary() + stepwise.said())
     else:
         convert: Callable[[dict], dict] = checked_training
         if args.command == "raw":

@@ -30,16 +30,31 @@ _NO_NAME = ("", "data", "dataset", "file", "part", "split")
 _FOLDER_MARKS = ("partial-", "split=")  # the hub's for the start of a large split; Hive's
 
 
-def read_rows(source: Path, split: str | None) -> Iterator[tuple[str, int, dict]]:
+# A column that each kind of data set must have, and what to do where it is missing.
+COLUMNS = {
+    "question": "take a config that has the question as text, such as MMMU-Pro's two named "
+    "standard",
+    "completions": "TRL's stepwise supervision has prompt, completions and labels",
+    "label": "PRM800K has question and label",
+    "input": "Math-Shepherd has input, label and task",
+}
+
+
+def read_rows(
+    source: Path, split: str | None, column: str = "question"
+) -> Iterator[tuple[str, int, dict]]:
     """(file, row counted from 1, row) of a split, in the order of paths; images stay encoded.
 
     ``source`` is a file or a folder; one of several data sets, such as MMMU's subjects, gives the
     rows of all of them. What is hidden, and whatever else lies there, does not count.
 
+    Args:
+        column: one that must be there, of `COLUMNS`.
+
     Raises:
         FileNotFoundError: no such source, or it holds no data.
         InputError: it has several splits and ``split`` chooses none of them; a file is broken or
-            has no questions.
+            lacks the column.
     """
     parts = find_parts(source)
     if not parts:
@@ -48,7 +63,9 @@ def read_rows(source: Path, split: str | None) -> Iterator[tuple[str, int, dict]
     names = sorted(set(parts.values()))
     if split not in names and (split is not None or len(names) > 1):
         raise InputError(f"{source}: choose one of its splits with --split: {', '.join(names)}.")
-    chosen = [(part, _batches(part)) for part, name in parts.items() if split in (None, name)]
+    chosen = [
+        (part, _batches(part, column)) for part, name in parts.items() if split in (None, name)
+    ]
     return chain.from_iterable(_numbered(part, batches) for part, batches in chosen)
 
 
@@ -95,8 +112,8 @@ def _split_name(file: Path, folders: list[str]) -> str:
     return re.sub(r"-\d+-of-\d+.*", "", stem)
 
 
-def _batches(part: Path) -> Iterator[pa.Table | pa.RecordBatch]:
-    """A part's rows, encoded; InputError when they cannot be questions."""
+def _batches(part: Path, column: str) -> Iterator[pa.Table | pa.RecordBatch]:
+    """A part's rows, encoded; InputError when they lack the column."""
     batches: Iterator[pa.Table | pa.RecordBatch]
     if part.is_dir():
         # The Arrow format gives the stored bytes; the default would decode every image.
@@ -109,12 +126,10 @@ def _batches(part: Path) -> Iterator[pa.Table | pa.RecordBatch]:
             # What git leaves without LFS is a few lines of text.
             raise InputError(f"{part}: no Parquet file; download it again, whole.") from error
         names, batches = file.schema_arrow.names, file.iter_batches(batch_size=_BATCH_ROWS)
-    if "question" not in names:
-        where = "it stands in the picture" if "image" in names else f"but {', '.join(names)}"
-        raise InputError(
-            f"{part}: there is no column 'question' ({where}); take a config that has the question "
-            "as text, such as MMMU-Pro's two named standard."
-        )
+    if column not in names:
+        pictured = column == "question" and "image" in names
+        where = "it stands in the picture" if pictured else f"but {', '.join(names)}"
+        raise InputError(f"{part}: there is no column {column!r} ({where}); {COLUMNS[column]}.")
     return batches
 
 

@@ -54,13 +54,14 @@ def read_with_progress(
     return tqdm(records, desc=path.name, unit="rec", total=limit, disable=None)
 
 
-def with_source_id(record: dict, file: str | Path, line: int) -> dict:
+def with_source_id(record: dict, file: str | Path, line: int | str) -> dict:
     """A training record with an id: where it is missing or -1, ``<file name>:<line>``.
 
     What is no training record stays as it is: meta records without an id belong together by image
     and question (`question_key`).
     """
-    is_training = "true_false" not in record and {"conversations", "steps_with_score"} & set(record)
+    keys = {"conversations", "steps_with_score", "completions"}
+    is_training = "true_false" not in record and keys & set(record)
     if is_training and (record.get("id") is None or str(record["id"]) in NO_ID):
         return record | {"id": f"{Path(file).name}:{line}"}
     return record
@@ -86,7 +87,10 @@ def map_images(record: dict, move: Callable[[str], str]) -> dict:
             return [moved(path) for path in image]
         return move(image) if isinstance(image, str) and image else image
 
-    return record | {key: moved(record[key]) for key in ("image", "image_path") if key in record}
+    keys = ["image", "image_path"]
+    if "completions" in record:  # in TRL's format
+        keys.append("images")
+    return record | {key: moved(record[key]) for key in keys if key in record}
 
 
 def image_prefix(root: Path, out: Path) -> str:

@@ -21,10 +21,10 @@ from dreamprm_dist.data.schema import kind_of_record
 from dreamprm_dist.data.shards import MANIFEST
 from dreamprm_dist.errors import InputError
 
-_CONVERT_MMMU = "convert it first: python -m data_tools.convert mmmu"
+_CONVERT = "convert it first: python -m data_tools.convert mmmu, stepwise, prm800k or math_shepherd"
 _HINTS = {
-    PARQUET: _CONVERT_MMMU,
-    ARROW: _CONVERT_MMMU,
+    PARQUET: _CONVERT,
+    ARROW: _CONVERT,
     GZIP: "unpack it first: gunzip",
     ZIP: "unpack it first: unzip",
 }
@@ -42,7 +42,7 @@ def refuse_other_files(source: Path, kind: str) -> None:
         if (source / MANIFEST).is_file():
             raise InputError(f"{source}: is a shard folder already; give it to launch/train.py.")
         if any(next(source.rglob(f"*.{end}"), None) for end in ("parquet", "arrow")):
-            raise InputError(f"{source}: is a folder of Parquet or Arrow; {_CONVERT_MMMU}.")
+            raise InputError(f"{source}: is a folder of Parquet or Arrow; {_CONVERT}.")
     with require_file(source).open("rb") as file:
         start = file.read(LOOKED_AT)
     if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):

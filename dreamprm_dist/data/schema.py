@@ -235,6 +235,10 @@ def require_object(record: object) -> dict:
 _KINDS = {
     "conversations": "a training or meta record, one solution with a label per step",
     "steps_with_score": "a raw record of VisualPRM400K, for `python -m data_tools.convert raw`",
+    "completions": "a record of TRL's stepwise supervision, for "
+    "`python -m data_tools.convert stepwise`",
+    "labeler": "a record of PRM800K, for `python -m data_tools.convert prm800k`",
+    "input": "a record of Math-Shepherd, for `python -m data_tools.convert math_shepherd`",
     "candidates": "a test record, a question with candidates, for launch/evaluate.py",
     "steps": "a solution without labels, for launch/score.py",
     "question": "a question without solutions, for `python -m data_tools.generate`, then "
