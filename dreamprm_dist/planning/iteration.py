@@ -110,6 +110,8 @@ class _Counter:
         prm.freeze(config.model.freeze_vision_tower, config.model.freeze_language_model)
         if config.model.gradient_checkpointing:
             prm.checkpoint_activations()
+        if not self._workload.tiles:
+            prm.see_no_images()
         self._prm = prm.train()
         self._trained = {n: p for n, p in prm.named_parameters() if p.requires_grad}
         self._scope = prm.parameters_in(config.hypergradient.hypergradient_scope)

@@ -77,6 +77,7 @@ class PRM(nn.Module):
     def __init__(self, model: InternVLForConditionalGeneration):
         super().__init__()
         self.model = model
+        self._sees_images = True
 
     @property
     def tile_size(self) -> int:
@@ -102,7 +103,7 @@ class PRM(nn.Module):
         if batch.pixel_values is not None:
             features = self.image_features(batch.pixel_values)[batch.shown_tiles]
             embeddings = self.embed(batch.input_ids, features.flatten(0, 1))
-        elif self.training:
+        elif self.training and self._sees_images and torch.is_grad_enabled():
             # ZeRO adds up the ranks' gradients in the order in which they appear. Here all must
             # appear, and as with images: what is computed last is differentiated first, so the
             # embeddings come after the features of an image, here a blank one.
@@ -165,6 +166,22 @@ class PRM(nn.Module):
         self.model.model.language_model.requires_grad_(not language_model)
         self.model.lm_head.requires_grad_(not language_model)
 
+    def see_no_images(self) -> None:
+        """Say that no batch of any rank will have an image: then none stands in for them.
+
+        The vision tower and the projector do not run, and their gradients are 0.
+
+        Raises:
+            InputError: nothing but these two is trained.
+        """
+        language = self.model.model.language_model, self.model.lm_head
+        if not any(p.requires_grad for part in language for p in part.parameters()):
+            raise InputError(
+                "no record has an image, and the language model is frozen: nothing can be learned; "
+                "train it, or take records with images"
+            )
+        self._sees_images = False
+
     def parameters_in(self, scope: str) -> list[str]:
         """Names of the trained parameters that a `hypergradient_scope` covers.
 
@@ -217,7 +234,7 @@ class PRM(nn.Module):
         steps.
         """
         device = batch.input_ids.device
-        # Where there are none, the rows are those of the blank tile.
+        # Where there are none, the rows are those of the blank tile, if that is shown.
         tiles = torch.zeros(1, dtype=torch.long, device=device)
         if batch.pixel_values is not None:
             assert batch.tile_rows is not None

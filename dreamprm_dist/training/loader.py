@@ -4,7 +4,7 @@ import errno
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -53,6 +53,7 @@ class RankBatches(Dataset):
         seed, level: of the order of draws, see `sampler.rank_draws`.
         by_question: a draw is a meta question, which brings all of its solutions.
         share_tiles: see `collate`.
+        num_images: of all ranks' records, once `check_rows` has counted them.
     """
 
     shards: ShardFolder | RowSubset | JoinedRows
@@ -66,6 +67,7 @@ class RankBatches(Dataset):
     world_size: int
     by_question: bool = False
     share_tiles: bool = True
+    num_images: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._questions: list[list[range]] = []
@@ -153,12 +155,13 @@ class RankBatches(Dataset):
     def check_rows(self, device: torch.device) -> None:
         """Refuse records and data that cannot be learned from; by all ranks, each its shards.
 
-        Reads text and image sizes only, so that a run fails at its start and not days later.
+        Counts the images, too. Reads text and image sizes only, so that a run fails at its start
+        and not days later.
 
         Raises:
             InputError: records are longer than the model's context, or no step is labelled.
         """
-        too_long, first = 0, ""
+        too_long, first, images = 0, "", 0
         signs: Counter[str | bool | None] = Counter()
         shards = owned_shards(self.shards.num_shards, self.rank, self.world_size)
         for shard in tqdm(shards, desc="checking records", disable=self.rank != 0, leave=False):
@@ -171,6 +174,7 @@ class RankBatches(Dataset):
                     if "true_false" in record
                     else step_labels(record["conversations"])
                 )
+                images += len(record["image_sizes"])
                 length, *_ = measure(
                     record["conversations"], record["image_sizes"], self.tokenizer, self.format
                 )
@@ -187,8 +191,11 @@ class RankBatches(Dataset):
                 f"{first} ({too_long} such records on this rank); lower max_patch_num, now "
                 f"{self.format.max_tiles}, or leave the records out and shard again"
             )
-        mine = [signs["+"] + signs[True], signs["-"] + signs[False]]
-        self._check_signs(distributed.all_reduce_sum(torch.tensor(mine, device=device)).tolist())
+        mine = [signs["+"] + signs[True], signs["-"] + signs[False], images]
+        *counts, self.num_images = distributed.all_reduce_sum(
+            torch.tensor(mine, device=device)
+        ).tolist()
+        self._check_signs(counts)
 
     def _check_signs(self, counts: Sequence[int]) -> None:
         """Refuse data that teach nothing, and warn of data that teach one answer alone."""

@@ -144,6 +144,9 @@ class TrainingRun:
                 )
         for batches in filter(None, (self.lower_batches, self.meta_batches)):
             batches.check_size()
+        streams = filter(None, (self.lower_batches, self.meta_batches, self.validation_batches))
+        if not any(batches.num_images for batches in streams):
+            prm.see_no_images()
         engine = Engine(prm, config, config.run.iteration_num * upper.unroll_steps, device)
         label_ids = label_token_ids(self.tokenizer)
         context = ReweighterContext(

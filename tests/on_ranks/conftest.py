@@ -23,10 +23,10 @@ def process_group() -> Iterator[torch.device]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, process_group: torch.device) -> Callable[..., TrainingRun]:
-    """Makes a run in float32 by its flags."""
-    model, shards = os.environ["TESTS_ON_RANKS"].split(":")
+    """Makes a run in float32 by its flags, of the small demo data set or of other shards."""
+    model, usual = os.environ["TESTS_ON_RANKS"].split(":")
 
-    def make(*flags: str) -> TrainingRun:
+    def make(*flags: str, shards: str = usual) -> TrainingRun:
         config = parse_train_config(
             [
                 *("--precision", "fp32", "--num_workers", "0", "--device", "cpu"),
