@@ -83,6 +83,15 @@ def test_flags_that_save_memory(tiny_prm_dir: Path, more: str, less: str, phase:
     assert bytes_of(less) < bytes_of(more)
 
 
+@pytest.mark.parametrize("flags", ["--hypergradient ghost", "--hypergradient jvp", "--baseline"])
+def test_a_run_of_text_alone_pays_for_no_vision_tower(tiny_prm_dir: Path, flags: str):
+    run = config(tiny_prm_dir, *flags.split())
+    frozen = run.with_flags({"freeze_vision_tower": True})
+    for tiles, same in ((0, True), (1, False)):
+        text, other = (count_iteration(r, WORK._replace(tiles=tiles), 2) for r in (run, frozen))
+        assert (text.flops == other.flops) == same
+
+
 @pytest.fixture
 def tiny_gpu(monkeypatch: pytest.MonkeyPatch):
     """Has the usual GPU small: so much memory of it may be filled."""
