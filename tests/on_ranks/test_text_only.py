@@ -17,7 +17,8 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.losses import instance_losses
-from dreamprm_dist.prm.model import PRM
+from dreamprm_dist.prm.batch import Batch
+from dreamprm_dist.prm.model import PRM, StepOutput
 from dreamprm_dist.training.run import TrainingRun
 
 SETTINGS = [
@@ -73,7 +74,7 @@ def calls_of_tower(run: TrainingRun) -> list[None]:
 
 
 def state_of(run: TrainingRun) -> list[Tensor]:
-    """All that ZeRO holds on this rank, and the raw weights."""
+    """All that ZeRO holds on this rank."""
     snapshot = run.trainer.engine.zero.snapshot()
     moments = chain.from_iterable(state.values() for state in snapshot.optimizer)
     return [*snapshot.parameters, *snapshot.partitions, *moments]
@@ -108,7 +109,6 @@ def test_a_run_of_text_alone_runs_no_vision_tower(
         losses = [torch.tensor(m[name]) for m in metrics for name in ("lower_loss", "meta_loss")]
         after = state_of(run)
         seen[blank] = [*after, *losses, weights]
-        # Of the first partition some parameters are the language model's.
         assert any(not a.equal(b) for a, b in zip(before, after, strict=True))
     assert len(seen[True]) == len(seen[False])
     assert all(a.equal(b) for a, b in zip(seen[True], seen[False], strict=True))
@@ -127,6 +127,22 @@ def gradient_of(run: TrainingRun, losses: Callable[[dict[str, Tensor]], Tensor])
     )
 
 
+def without_blank(run: TrainingRun, values: dict[str, Tensor], batch: Batch) -> StepOutput:
+    """What the PRM says with these parameters where no blank image stands in for images."""
+    prm = run.trainer.engine.module
+    output = functional_call(prm.eval(), values, (batch,))
+    prm.train()
+    return output
+
+
+def lower_losses(run: TrainingRun, batch: Batch) -> Callable[[dict[str, Tensor]], Tensor]:
+    """From parameters to the instance losses of a batch."""
+    targets, rows = batch.step_targets, batch.step_rows
+    return lambda values: instance_losses(
+        without_blank(run, values, batch).logits, targets, rows, len(batch)
+    )
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).double().norm() / b.double().norm())
 
@@ -136,21 +152,14 @@ def test_a_rank_without_images_beside_one_that_has_some(make_run, make_shards, e
     """At both levels: v and the gradient are means over the ranks, products their own."""
     shards = make_shards(lambda shard: shard % 2 == 1)
     run = make_run(*SETTINGS, "--hypergradient", estimator, shards=shards)
-    trainer, prm = run.trainer, run.trainer.engine.module
+    trainer = run.trainer
     ((micro_batches,), meta) = next(run.data())
     (batch,), (meta_batch,) = micro_batches, meta
     shown = [b.pixel_values is not None for b in (batch, meta_batch)]
     assert shown == [distributed.rank() == 1] * 2
 
-    def lower(values: dict[str, Tensor]) -> Tensor:
-        logits = functional_call(prm.eval(), values, (batch,)).logits
-        prm.train()
-        return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
-
     def upper(values: dict[str, Tensor]) -> Tensor:
-        output = functional_call(prm.eval(), values, (meta_batch,))
-        prm.train()
-        return trainer.meta_losses(output, meta_batch)
+        return trainer.meta_losses(without_blank(run, values, meta_batch), meta_batch)
 
     expected = distributed.all_reduce_sum(gradient_of(run, upper)) / 4  # two each
     v, *_ = trainer.meta_gradient(meta)
@@ -160,7 +169,7 @@ def test_a_rank_without_images_beside_one_that_has_some(make_run, make_shards, e
     assert any(name.startswith(IMAGE_PARTS) for name in starts)  # of the other rank's images
 
     values = {n: p.detach().clone().requires_grad_() for n, p in trainer.engine.parameters.items()}
-    truth = gradient_dot(lower(values), values, v)
+    truth = gradient_dot(lower_losses(run, batch)(values), values, v)
     calls = calls_of_tower(run)
     if estimator == "ghost":
         products = trainer.lower_step(micro_batches, v).products
@@ -176,14 +185,9 @@ def test_the_lower_gradient_is_the_mean_over_ranks_with_and_without_images(make_
     """By the parameters' first moments: each rank holds those of its partition."""
     run = make_run(*SETTINGS, "--baseline", shards=make_shards(lambda shard: shard % 2 == 0))
     ((micro_batches,), _) = next(run.data())
-    (batch,), prm, engine = micro_batches, run.trainer.engine.module, run.trainer.engine
+    (batch,), engine = micro_batches, run.trainer.engine
 
-    def lower(values: dict[str, Tensor]) -> Tensor:
-        logits = functional_call(prm.eval(), values, (batch,)).logits
-        prm.train()
-        return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
-
-    expected = distributed.all_reduce_sum(gradient_of(run, lower)) / 4
+    expected = distributed.all_reduce_sum(gradient_of(run, lower_losses(run, batch))) / 4
     assert run.trainer.lower_step(micro_batches).applied
     place, seen = 0, 0
     for p in engine.parameters.values():

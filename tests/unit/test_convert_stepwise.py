@@ -275,6 +275,8 @@ def test_what_a_neutral_rating_is(tmp_path, neutral, label, others):
     *alternatives, path = (told(record)[1] for record in written)
     assert path == [("Idle.", label)] and len(alternatives) == others
     assert alternatives[-1] == [("y", "+")]
+    source = write(tmp_path / "b.jsonl", [solution(step(human=WRITTEN))])
+    assert told(convert("prm800k", source, "--neutral", neutral)[0][0])[1] == [("Written.", "+")]
 
 
 def test_each_rating_is_a_label_once(tmp_path):
