@@ -35,6 +35,7 @@ from dreamprm_dist.data.schema import (
     SOLUTION_MARK,
     MetaRecord,
     Turn,
+    parse_counts,
     parse_meta_record,
     parse_training_record,
     require_object,
@@ -44,16 +45,20 @@ from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.flags import CommandParser, run
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT, step_turns
 
+_ROUNDED = 0.01  # how far a score that was written with two decimals may be from its counts
+
 
 def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool = False) -> dict:
     """A record of raw VisualPRM400K as a training record.
 
     A step is ``+`` when its score is above ``threshold``, and unlabelled when no roll-out ever
     visited it (``num_mc_total`` is 0). ``stop_at_first_minus`` ends the solution with its first
-    ``-``: what follows an error is neither right nor wrong.
+    ``-``: what follows an error is neither right nor wrong. The counts of roll-outs stay with their
+    steps, from which training may take other labels.
 
     Raises:
-        RecordError: no raw record, no question, no steps, or a step without text or score.
+        RecordError: no raw record, no question, no steps, a step without text or score, or counts
+            that are impossible or contradict the score.
     """
     if "conversations" in record:
         raise RecordError("it has 'conversations', so it is not raw; use `convert conversations`.")
@@ -62,25 +67,52 @@ def convert_raw(record: dict, threshold: float = 0.0, stop_at_first_minus: bool 
         raise RecordError("'question' must be a text.")
     if not isinstance(steps, list) or not steps:
         raise RecordError("'steps_with_score' must be a non-empty list.")
-    texts, labels = [], []
+    texts, labels, all_counts = [], [], []
     for i, step in enumerate(steps):
         text = step.get("step") if isinstance(step, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise RecordError(f"steps_with_score[{i}] has no text in 'step'.")
         texts.append(text)
-        labels.append(_label(step, i, threshold))
+        counts = _counts(step, f"steps_with_score[{i}]")
+        labels.append(_label(step, counts, i, threshold))
+        all_counts.append(counts)
         if stop_at_first_minus and labels[-1] == "-":
             break
     texts[0] = f"{QUESTION_PREFIX}{question}\n\n{SOLUTION_MARK}\n{texts[0]}"
     system: Turn = {"from": "system", "value": SYSTEM_PROMPT}
-    return checked_training({**record, "conversations": [system, *step_turns(texts, labels)]})
+    turns: list = step_turns(texts, labels)
+    for turn, counts in zip(turns[1::2], all_counts, strict=True):
+        if counts is not None:
+            turn["num_mc_correct"], turn["num_mc_total"] = counts
+    return checked_training({**record, "conversations": [system, *turns]})
 
 
-def _label(step: dict, index: int, threshold: float) -> str | None:
+def _counts(step: dict, what: str) -> tuple[int, int] | None:
+    # A step with one of the two was always taken, and its score is all that it says.
+    keys = ("num_mc_correct", "num_mc_total")
+    if any(step.get(key) is None for key in keys):
+        return None
+    # 3.0 is what a table with missing values makes of 3.
+    whole = {
+        key: int(n) if isinstance(n := step[key], float) and n.is_integer() else n for key in keys
+    }
+    correct, total = counts = parse_counts(whole, what) or (0, 0)
+    score = step.get("score")
+    if total and isinstance(score, int | float) and abs(score - correct / total) > _ROUNDED:
+        raise RecordError(
+            f"{what}: 'score' {score} is not the {correct} of {total} roll-outs that its counts "
+            "say; correct one of them, or leave the counts out."
+        )
+    return counts
+
+
+def _label(step: dict, counts: tuple[int, int] | None, index: int, threshold: float) -> str | None:
     total = step.get("num_mc_total")
     if total == 0 and not isinstance(total, bool):
         return None
     score = step.get("score")
+    if score is None and counts is not None:
+        score = counts[0] / counts[1]
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise RecordError(f"steps_with_score[{index}]: 'score' must be a finite number.")
     return "+" if score > threshold else "-"

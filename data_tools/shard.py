@@ -20,7 +20,7 @@ from data_tools.sharding import Checked, Plan, checked
 from data_tools.workers import InOrder, start_workers
 from dreamprm_dist.data.json_records import require_file
 from dreamprm_dist.data.sampler import ranks_that_work
-from dreamprm_dist.data.shards import BELOW, MANIFEST, REJECTED
+from dreamprm_dist.data.shards import BELOW, FORMAT_VERSION, MANIFEST, REJECTED
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import file_sha256
 from dreamprm_dist.flags import CommandParser, run
@@ -73,14 +73,14 @@ def cached_shards(
     """The shard folder of a raw JSON file, built once in ``.shards/`` beside it.
 
     A meta file with fewer questions than shards gets fewer shards, as with `Plan.or_fewer`. The
-    folder's name holds the source's SHA-256 (and a hash of ``image_root`` when given), so a
-    changed file is sharded anew; images changed behind an unchanged file are not noticed.
+    folder's name holds the source's SHA-256, the format (and a hash of ``image_root`` when given),
+    so a changed file is sharded anew; images changed behind an unchanged file are not noticed.
 
     Raises:
         FileNotFoundError, InputError: as `shard_file`.
     """
     source = require_file(source)
-    name = f"{source.stem}-{kind}-{num_shards}-{file_sha256(source)[:12]}"
+    name = f"{source.stem}-{kind}-{num_shards}-{file_sha256(source)[:12]}-v{FORMAT_VERSION}"
     if image_root is not None:
         name += "-" + hashlib.sha256(os.fsencode(Path(image_root).resolve())).hexdigest()[:8]
     folder = source.parent / ".shards" / name
@@ -106,6 +106,8 @@ def summary(folder: Path, manifest: dict) -> str:
         "steps": ", ".join(f"{count} {label}" for label, count in manifest["num_steps"].items()),
         "ranks": f"{ranks_that_work(num_shards)} can share it",
     }
+    if counted := manifest["num_counted_steps"]:
+        facts["steps"] += f"; {counted} with roll-outs"
     if manifest["kind"] == "meta":
         right = manifest["num_right"]
         facts["questions"] = f"{manifest['num_groups']}; {right} right, {rows - right} wrong"

@@ -31,6 +31,7 @@ from dreamprm_dist.data.schema import (
     TrainingRecord,
     parse_meta_record,
     parse_training_record,
+    step_counts,
     step_labels,
 )
 from dreamprm_dist.data.shards import ROW_GROUP_ROWS, SCHEMAS
@@ -146,6 +147,7 @@ class Tally:
         on_white: how many of them have an image with transparent pixels.
         rejected: line, id and reason of each of the others.
         steps: number of steps with each label.
+        counted_steps: number of steps from which at least one roll-out is known.
         unlabelled: number of records without any labelled step.
         group_keys: of each meta record, equal for solutions of one question.
         right: number of meta records whose final answer is right.
@@ -155,6 +157,7 @@ class Tally:
     on_white: int = 0
     rejected: list[dict] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEP_LABELS, 0))
+    counted_steps: int = 0
     unlabelled: int = 0
     group_keys: list[str] = field(default_factory=list)
     right: int = 0
@@ -202,6 +205,7 @@ def _checked_rows(job: Job, block: Block, tally: Tally) -> Iterator[dict]:
         labels = step_labels(record.conversations)
         for label in labels:
             tally.steps[label or UNLABELLED] += 1
+        tally.counted_steps += sum(total > 0 for _, total in step_counts(record.conversations))
         tally.unlabelled += not any(labels)
         tally.rows += 1
         tally.on_white += on_white

@@ -217,7 +217,9 @@ def _check(plan: Plan, manifest: dict, job: Job, in_order: InOrder, progress: bo
                 file.write(_json_text(entry) + "\n")
             first_rejected += made["rejected"][: _SHOWN_REJECTED - len(first_rejected)]
             counts["rejected"] += len(made["rejected"])
-            counts.update({key: made[key] for key in ("unlabelled", "right", "on_white")})
+            counts.update(
+                {key: made[key] for key in ("unlabelled", "counted_steps", "right", "on_white")}
+            )
             steps.update(made["steps"])
             bar.update(made["rows"] + len(made["rejected"]))
     *starts, num_rows = accumulate(rows, initial=0)
@@ -228,6 +230,7 @@ def _check(plan: Plan, manifest: dict, job: Job, in_order: InOrder, progress: bo
         "num_rejected": counts["rejected"],
         "num_on_white": counts["on_white"],
         "num_steps": dict(steps),
+        "num_counted_steps": counts["counted_steps"],
         "num_unlabelled": counts["unlabelled"],
         "num_right": counts["right"] if is_meta else None,
     }

@@ -19,8 +19,22 @@ SOLUTION_MARK = "### Solution Process:"
 
 # Functional syntax, as "from" is a keyword.
 TextTurn = TypedDict("TextTurn", {"from": Literal["system", "human"], "value": str})
-StepTurn = TypedDict("StepTurn", {"from": Literal["gpt"], "value": str | None})
-Turn = TextTurn | StepTurn  # a step's value is its label: "+", "-" or None, unlabelled
+# A step's value is its label: "+", "-" or None, unlabelled.
+_Label = TypedDict("_Label", {"from": Literal["gpt"], "value": str | None})
+
+
+class StepTurn(_Label, total=False):
+    """A step's label and, where they are known, the roll-outs from the step: both or neither.
+
+    Attributes:
+        num_mc_correct, num_mc_total: how many roll-outs ended with the right answer, of how many.
+    """
+
+    num_mc_correct: int
+    num_mc_total: int
+
+
+Turn = TextTurn | StepTurn
 
 
 @dataclass
@@ -274,7 +288,15 @@ def _parse_conversations(value: object) -> list[Turn]:
                 raise RecordError(
                     f"conversations[{i}]: a gpt turn must be '+', '-' or null, not {_shown(text)}."
                 )
-            turns.append({"from": speaker, "value": label})
+            step: StepTurn = {"from": speaker, "value": label}
+            if counts := parse_counts(turn, f"conversations[{i}]"):
+                step["num_mc_correct"], step["num_mc_total"] = counts
+                if label is not None and not step["num_mc_total"]:
+                    raise RecordError(
+                        f"conversations[{i}]: no roll-out visited it ('num_mc_total' is 0), so its "
+                        f"label must be null, not {_shown(label)}."
+                    )
+            turns.append(step)
         elif speaker in ("human", "system"):
             text = _text(text, f"conversations[{i}] ({speaker})")
             turns.append({"from": speaker, "value": text})
@@ -285,6 +307,26 @@ def _parse_conversations(value: object) -> list[Turn]:
     if turns and not any(turn["from"] == "gpt" for turn in turns):
         raise RecordError("'conversations' has no step: add a gpt turn ('+', '-' or null).")
     return turns
+
+
+def parse_counts(turn: dict, what: str) -> tuple[int, int] | None:
+    """A turn's roll-outs, right ones and all; None where it does not say.
+
+    Raises:
+        RecordError: one of the two, no whole numbers, or more right ones than there are.
+    """
+    correct, total = turn.get("num_mc_correct"), turn.get("num_mc_total")
+    if correct is None and total is None:
+        return None
+    if correct is None or total is None:
+        raise RecordError(f"{what}: give both 'num_mc_correct' and 'num_mc_total', or neither.")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (correct, total))
+    if not whole or not 0 <= correct <= total < 2**31:
+        raise RecordError(
+            f"{what}: 'num_mc_correct' and 'num_mc_total' must be whole numbers, the first from 0 "
+            f"to the second, not {_shown(correct)} and {_shown(total)}."
+        )
+    return correct, total
 
 
 def _parse_images(value: object, key: str) -> list[str]:
@@ -303,6 +345,15 @@ def question_turn(turns: Iterable[Turn]) -> str:
 def step_labels(turns: Iterable[Turn]) -> list[str | None]:
     """The label of each step, in order: "+", "-" or None."""
     return [turn["value"] for turn in turns if turn["from"] == "gpt"]
+
+
+def step_counts(turns: Iterable[Turn]) -> list[tuple[int, int]]:
+    """The roll-outs from each step, in order: (right ones, all), (0, 0) where none are known."""
+    return [
+        (turn.get("num_mc_correct", 0), turn.get("num_mc_total", 0))
+        for turn in turns
+        if turn["from"] == "gpt"
+    ]
 
 
 def parts_around_images(question: str, num_images: int) -> list[str]:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import file_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)  # 1: no step knows its roll-outs
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 ROW_GROUP_ROWS = 16
@@ -228,10 +229,10 @@ def _read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, kind = manifest["format_version"], manifest["kind"]
-        if version != FORMAT_VERSION:
+        if version not in _READ_VERSIONS:
             raise InputError(
-                f"{path}: format version {version!r}, but this release reads {FORMAT_VERSION}; "
-                "shard the source again."
+                f"{path}: format version {version!r}, but this release reads "
+                f"{' and '.join(map(str, _READ_VERSIONS))}; shard the source again."
             )
         if kind not in SCHEMAS:
             raise InputError(f"{path}: unknown kind {kind!r}; use one of {', '.join(SCHEMAS)}.")

@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 def raw(*scores, **fields):
     steps = [
-        {"step": f"step {i} é", "score": score, "num_mc_correct": 1, "num_mc_total": 16}
+        {"step": f"step {i} é", "score": score, "num_mc_correct": 4 * score, "num_mc_total": 4}
         for i, score in enumerate(scores)
     ]
     return {"question": "How many?", "steps_with_score": steps, **fields}
@@ -59,9 +59,9 @@ def test_raw_record_in_the_layout_of_the_released_checkpoints():
                 "from": "human",
                 "value": "### Question:\nHow many?\n\n### Solution Process:\nstep 0 é",
             },
-            {"from": "gpt", "value": "+"},
+            {"from": "gpt", "value": "+", "num_mc_correct": 2, "num_mc_total": 4},
             {"from": "human", "value": "step 1 é"},
-            {"from": "gpt", "value": "-"},
+            {"from": "gpt", "value": "-", "num_mc_correct": 0, "num_mc_total": 4},
         ],
     }
 

@@ -128,7 +128,7 @@ def test_the_bare_question_stays_beside_the_prompt(tmp_path):
 
 @pytest.mark.parametrize("command", ["raw", "conversations"])
 def test_records_without_any_label_are_counted(tmp_path, capsys, command):
-    unvisited = {**STEP, "score": 0.0, "num_mc_total": 0}
+    unvisited = {**STEP, "score": 0.0, "num_mc_correct": 0, "num_mc_total": 0}
     if command == "raw":
         records = [raw(), raw(steps_with_score=[unvisited] * 2), raw(steps_with_score=[unvisited])]
         records.append(raw(steps_with_score=[STEP, unvisited]))

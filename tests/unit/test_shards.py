@@ -332,7 +332,7 @@ def test_a_folder_that_cannot_be_read_says_why(folder, tmp_path):
     shards = json.loads(original)["shards"]
     outside = [{**shards[0], "file": "../x.parquet"}, shards[1]]
     for fields, message in [
-        ({"format_version": 2}, "format version 2"),
+        ({"format_version": 3}, "format version 3, but this release reads 1 and 2"),
         ({"kind": "test"}, "unknown kind 'test'"),
         ({"num_rows": 0, "num_shards": 0, "shards": []}, f"{folder}: the training data set is"),
         ({"num_rows": 99}, "contradicts itself"),
@@ -457,7 +457,7 @@ def test_help_has_an_example(capsys):
 def test_cached_shards_are_built_once_for_a_content(train, tmp_path, monkeypatch):
     sha = hashlib.sha256(train.read_bytes()).hexdigest()
     folder = cached_shards(train, "training", 2)
-    assert folder == tmp_path / ".shards" / f"train-training-2-{sha[:12]}"
+    assert folder == tmp_path / ".shards" / f"train-training-2-{sha[:12]}-v2"
     assert ShardFolder(folder).num_rows == 100
     with monkeypatch.context() as patch:
         patch.setattr(shard_module, "shard_file", lambda *_: pytest.fail("built again"))
