@@ -156,9 +156,7 @@ class Demo:
                     for r in records
                 ]
                 batch = collate(instances, tokenizer.pad_token_id)
-                values = instance_losses(
-                    prm(batch).logits, batch.step_targets, batch.step_rows, len(batch)
-                )
+                values = instance_losses(prm(batch).logits, batch)
                 losses[[r["sample_id"] for r in records]] = values
         return losses
 

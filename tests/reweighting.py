@@ -1,6 +1,6 @@
 """Small batches and reweighters in small runs."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -55,8 +55,22 @@ def batch_of(ids: list[int] | Tensor) -> Batch:
         step_rows=rows,
         step_positions=rows * 0,
         step_targets=rows * 0,
+        step_counts=torch.zeros(len(ids), 2, dtype=torch.long),
         sample_ids=ids,
         true_false=torch.zeros(len(ids)),
+    )
+
+
+def steps_of(
+    targets: Tensor, rows: Tensor, num_rows: int, counts: list[tuple[int, int]] | None = None
+) -> Batch:
+    """Instances of steps with these labels and roll-outs, without inputs."""
+    return replace(
+        batch_of(list(range(num_rows))),
+        step_rows=rows,
+        step_positions=rows * 0,
+        step_targets=targets,
+        step_counts=torch.tensor(counts or [(0, 0)] * len(rows)),
     )
 
 

@@ -356,6 +356,22 @@ def step_counts(turns: Iterable[Turn]) -> list[tuple[int, int]]:
     ]
 
 
+def relabelled(turns: Iterable[Turn], threshold: float) -> list[Turn]:
+    """The turns, labelled anew: `+` where more than this part of a step's roll-outs were right.
+
+    What has no label, or no roll-outs, stays as it is. It is what `data_tools.convert raw` gives
+    with the same threshold.
+    """
+    new: list[Turn] = []
+    for turn in turns:
+        if turn["from"] == "gpt" and turn["value"] is not None and turn.get("num_mc_total"):
+            is_plus = turn["num_mc_correct"] / turn["num_mc_total"] > threshold
+            new.append({**turn, "value": "+" if is_plus else "-"})
+        else:
+            new.append(turn)
+    return new
+
+
 def parts_around_images(question: str, num_images: int) -> list[str]:
     """The text of a question's turn before, between and behind its N images: N + 1 parts.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dreamprm_dist import distributed
 from dreamprm_dist.hypergradient.ghost import Ghost
 from dreamprm_dist.hypergradient.sama import adam_derivative
-from dreamprm_dist.losses import step_scores
+from dreamprm_dist.losses import instance_losses, step_scores
 from dreamprm_dist.planning.counter import Counter, flash_attention
 from dreamprm_dist.planning.workload import Workload
 from dreamprm_dist.planning.zero import PlannedZero, on_meta
@@ -185,6 +185,9 @@ class _Counter:
         sharing = 4 if meta and self._config.upper.group_meta_by_question else 1
         return self._workload.batch(self._prm, size, sharing)
 
+    def _lower_losses(self, output: StepOutput, batch: Batch) -> Tensor:
+        return instance_losses(output.logits, batch, self._config.lower_loss, LABELS)
+
     def _lower_step(
         self, micro_batches: list[Batch], times: int, v: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -197,7 +200,7 @@ class _Counter:
             batch, last = micro_batches[position], position == len(shares) - 1
             tapping = self._ghost.tapping(batch, v) if self._ghost and v else nullcontext()
             with self._phase("lower", times * of), tapping as tapped:
-                loss, *_ = lower_loss(self._prm(batch), batch, ones, tapped)
+                loss, *_ = lower_loss(self._prm(batch), batch, self._lower_losses, ones, tapped)
                 with self._zero.backward(last):
                     loss.backward()
             del loss
@@ -245,6 +248,7 @@ class _Counter:
                 self._trained,
                 v,
                 micro_batches[0],
+                self._lower_losses,
                 lambda output, losses, batch: losses.new_zeros(0, 0),
             )
 

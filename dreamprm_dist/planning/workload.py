@@ -57,6 +57,7 @@ class Workload(NamedTuple):
             step_rows=integers(rows * self.steps),
             step_positions=integers(rows * self.steps),
             step_targets=integers(rows * self.steps),
+            step_counts=integers(rows * self.steps, 2),
             sample_ids=integers(rows),
             true_false=torch.empty(rows, device="meta"),
         )

@@ -70,6 +70,7 @@ class Batch:
         step_rows: (n,) the instance that each step belongs to, ascending.
         step_positions: (n,) the position in that instance whose logits score the step.
         step_targets: (n,) token ids of the labels, `IGNORE_INDEX` where unlabelled.
+        step_counts: (n, 2) int64, the right ones of a step's roll-outs and all; 0, 0 where unknown.
         sample_ids: (B,) int64; -1 for an instance without a weight of its own.
         true_false: (B,) float32, 1 where the final answer is right (meta instances only).
         tile_rows: (U,) the instance that each tile belongs to; None where instances may share one.
@@ -81,6 +82,7 @@ class Batch:
     step_rows: Tensor
     step_positions: Tensor
     step_targets: Tensor
+    step_counts: Tensor
     sample_ids: Tensor
     true_false: Tensor
     tile_rows: Tensor | None = None
@@ -193,13 +195,16 @@ def collate(instances: Sequence[Instance], pad_token_id: int, *, share_tiles: bo
     }
     tile_rows = [row for (row, _), image in different.items() for _ in image]
     steps = [
-        (row, position, target)
+        (row, position, target, *counts)
         for row, instance in enumerate(instances)
-        for position, target in zip(
-            instance.encoded.step_positions, instance.encoded.step_targets, strict=True
+        for position, target, counts in zip(
+            instance.encoded.step_positions,
+            instance.encoded.step_targets,
+            instance.encoded.step_counts,
+            strict=True,
         )
     ]
-    step_rows, step_positions, step_targets = torch.tensor(steps).T.contiguous()
+    step_rows, step_positions, step_targets, *step_counts = torch.tensor(steps).T.contiguous()
     return Batch(
         input_ids=input_ids,
         pixel_values=torch.cat(list(different.values())) if different else None,
@@ -210,6 +215,7 @@ def collate(instances: Sequence[Instance], pad_token_id: int, *, share_tiles: bo
         step_rows=step_rows,
         step_positions=step_positions,
         step_targets=step_targets,
+        step_counts=torch.stack(step_counts, dim=1),
         sample_ids=torch.tensor([instance.sample_id for instance in instances]),
         true_false=torch.tensor([float(instance.true_false) for instance in instances]),
     )

@@ -12,7 +12,7 @@ from functools import lru_cache
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dreamprm_dist.data.schema import Turn, parts_around_images
+from dreamprm_dist.data.schema import Turn, parts_around_images, step_counts
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.solutions import SYSTEM_PROMPT
 
@@ -38,11 +38,13 @@ class EncodedConversation:
         input_ids: token ids, length L.
         step_positions: for each step the index into `input_ids` whose logits score it.
         step_targets: for each step the token id of its label, `IGNORE_INDEX` where unlabelled.
+        step_counts: for each step its roll-outs, see `schema.step_counts`.
     """
 
     input_ids: list[int]
     step_positions: list[int]
     step_targets: list[int]
+    step_counts: list[tuple[int, int]]
 
 
 @lru_cache(maxsize=8)  # every conversation asks; tokenizers are told apart by identity
@@ -178,4 +180,4 @@ def encode_conversation(
         input_ids += template.turn_end
     if not positions:
         raise InputError("the conversation has no step: no `gpt` turn")
-    return EncodedConversation(input_ids, positions, targets)
+    return EncodedConversation(input_ids, positions, targets, step_counts(conversations))

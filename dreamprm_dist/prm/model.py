@@ -262,6 +262,7 @@ class PRM(nn.Module):
             step_rows=steps,
             step_positions=len(tile) + torch.arange(4, device=device),
             step_targets=steps,
+            step_counts=torch.zeros(4, 2, dtype=torch.long, device=device),
             sample_ids=torch.arange(2),
             true_false=torch.zeros(2, device=device),
         )

@@ -28,7 +28,7 @@ from dreamprm_dist.flags import (
     parse_args,
 )
 from dreamprm_dist.hypergradient import HypergradientConfig
-from dreamprm_dist.losses import MetaLossConfig
+from dreamprm_dist.losses import LowerLossConfig, MetaLossConfig
 from dreamprm_dist.prm.model import ModelConfig
 from dreamprm_dist.reweighters import REWEIGHTERS
 from dreamprm_dist.reweighters.config import MetaOptimizerConfig, ReweighterConfig
@@ -182,6 +182,7 @@ class TrainConfig:
     data: DataConfig
     model: ModelConfig
     lower: LowerConfig
+    lower_loss: LowerLossConfig
     upper: UpperConfig
     meta_loss: MetaLossConfig
     hypergradient: HypergradientConfig

@@ -136,6 +136,7 @@ class Engine:
     def lower_step(
         self,
         micro_batches: Sequence[Batch],
+        losses_of: Callable[[StepOutput, Batch], Tensor],
         weigh: Callable[[StepOutput, Tensor, Batch], Tensor],
         tapping: Callable[[Batch], AbstractContextManager[TappedBatch]] | None = None,
     ) -> LowerStep:
@@ -143,6 +144,7 @@ class Engine:
 
         Args:
             micro_batches: this rank's part, as many as the accumulation steps, of equal size.
+            losses_of: what the PRM says and the batch to the instance losses (B,).
             weigh: what the PRM says, the losses (B,) and the batch to weights (B,).
             tapping: `Ghost.tapping` along some v, where the step is to give products.
         """
@@ -153,7 +155,8 @@ class Engine:
             with tapping(batch) if tapping else nullcontext() as tapped:
                 # DeepSpeed divides by accumulation steps and world size, the micro-batch mean by
                 # B: together 1/G.
-                loss, losses, weights = lower_loss(self._deepspeed(batch), batch, weigh, tapped)
+                output = self._deepspeed(batch)
+                loss, losses, weights = lower_loss(output, batch, losses_of, weigh, tapped)
                 # An infinite loss may have a finite gradient; NaN is what ZeRO sees.
                 self._deepspeed.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             self._deepspeed.step()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dreamprm_dist import distributed
-from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 from dreamprm_dist.prm.model import PRM, StepOutput
@@ -17,17 +16,23 @@ from dreamprm_dist.reweighters.partition import RowPartition
 
 
 @torch.no_grad()
-def raw_weights_now(prm: PRM, reweighter: Reweighter, batches: Iterable[Batch]) -> Tensor:
+def raw_weights_now(
+    prm: PRM,
+    reweighter: Reweighter,
+    batches: Iterable[Batch],
+    losses_of: Callable[[StepOutput, Batch], Tensor],
+) -> Tensor:
     """Raw weights (local rows,) of this rank's rows by the present PRM.
 
     Args:
         batches: each of these rows once, on the device.
+        losses_of: what the PRM says and a batch to the instance losses (B,).
     """
     raw = torch.empty(reweighter.partition.num_rows, device=reweighter.device)
     for batch in batches:
         assert batch.weighted.all()
         output = prm(batch)
-        losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = losses_of(output, batch)
         features = reweighter.features(output, losses, batch)
         rows = reweighter.partition.rows(batch.sample_ids)
         raw[rows] = reweighter.raw_weights_of(batch, features)
@@ -36,7 +41,11 @@ def raw_weights_now(prm: PRM, reweighter: Reweighter, batches: Iterable[Batch]) 
 
 @torch.no_grad()
 def instance_losses_now(
-    prm: PRM, partition: RowPartition, batches: Iterable[Batch], device: torch.device
+    prm: PRM,
+    partition: RowPartition,
+    batches: Iterable[Batch],
+    losses_of: Callable[[StepOutput, Batch], Tensor],
+    device: torch.device,
 ) -> Tensor:
     """Unweighted instance losses (local rows,) of this rank's rows by the present PRM.
 
@@ -45,11 +54,11 @@ def instance_losses_now(
     Args:
         partition: of the rows.
         batches: each of these rows once, on the device.
+        losses_of: what the PRM says and a batch to the instance losses (B,).
     """
     result = torch.empty(partition.num_rows, device=device)
     for batch in batches:
-        logits = prm(batch).logits
-        losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = losses_of(prm(batch), batch)
         has_label = torch.zeros(len(batch), dtype=torch.bool, device=device)
         has_label[batch.step_rows[batch.step_targets != IGNORE_INDEX]] = True
         result[partition.rows(batch.sample_ids)] = losses.where(has_label, torch.nan)

@@ -18,9 +18,10 @@ from dreamprm_dist import distributed
 from dreamprm_dist.data.held_out import RowSubset
 from dreamprm_dist.data.joined import NO_ROW, JoinedRows
 from dreamprm_dist.data.sampler import owned_shards, rank_draws
-from dreamprm_dist.data.schema import step_labels
+from dreamprm_dist.data.schema import Turn, relabelled, step_counts, step_labels
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.losses import LowerLossConfig
 from dreamprm_dist.prm.batch import (
     Batch,
     InputFormat,
@@ -54,6 +55,7 @@ class RankBatches(Dataset):
         by_question: a draw is a meta question, which brings all of its solutions.
         share_tiles: see `collate`.
         num_images: of all ranks' records, once `check_rows` has counted them.
+        labels: of training data, what their steps are trained on.
     """
 
     shards: ShardFolder | RowSubset | JoinedRows
@@ -67,6 +69,7 @@ class RankBatches(Dataset):
     world_size: int
     by_question: bool = False
     share_tiles: bool = True
+    labels: LowerLossConfig | None = None
     num_images: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +112,7 @@ class RankBatches(Dataset):
         record = self.shards.read(shard, row)
         try:
             return encode_instance(
-                record["conversations"],
+                self._labelled(record["conversations"]),
                 record["images"],
                 self.tokenizer,
                 self.format,
@@ -119,6 +122,11 @@ class RankBatches(Dataset):
             )
         except InputError as error:
             raise InputError(_named(self.shards, record, error)) from error
+
+    def _labelled(self, turns: list[Turn]) -> list[Turn]:
+        """Turns with the labels that are trained on, which the context shows too."""
+        threshold = self.labels.label_threshold if self.labels else None
+        return turns if threshold is None else relabelled(turns, threshold)
 
     def stream(
         self, first: int, count: int, num_workers: int, device: torch.device
@@ -159,21 +167,24 @@ class RankBatches(Dataset):
         and not days later.
 
         Raises:
-            InputError: records are longer than the model's context, or no step is labelled.
+            InputError: records are longer than the model's context, no step is labelled, or none
+                knows the roll-outs that `labels` needs.
         """
         too_long, first, images = 0, "", 0
         signs: Counter[str | bool | None] = Counter()
+        counted = 0
         shards = owned_shards(self.shards.num_shards, self.rank, self.world_size)
         for shard in tqdm(shards, desc="checking records", disable=self.rank != 0, leave=False):
             columns = ["sample_id", "source_id", "conversations", "image_sizes"]
             columns += ["true_false"] if self.shards.kind == "meta" else []
             rows = zip(*(self.shards.read_column(shard, name) for name in columns), strict=True)
             for record in (dict(zip(columns, row, strict=True)) for row in rows):
-                signs.update(
-                    [record["true_false"]]
-                    if "true_false" in record
-                    else step_labels(record["conversations"])
-                )
+                if "true_false" in record:
+                    signs[record["true_false"]] += 1
+                else:
+                    of_record, with_counts = self._signs(record["conversations"])
+                    signs.update(of_record)
+                    counted += with_counts
                 images += len(record["image_sizes"])
                 length, *_ = measure(
                     record["conversations"], record["image_sizes"], self.tokenizer, self.format
@@ -191,11 +202,36 @@ class RankBatches(Dataset):
                 f"{first} ({too_long} such records on this rank); lower max_patch_num, now "
                 f"{self.format.max_tiles}, or leave the records out and shard again"
             )
-        mine = [signs["+"] + signs[True], signs["-"] + signs[False], images]
-        *counts, self.num_images = distributed.all_reduce_sum(
+        mine = [signs["+"] + signs[True], signs["-"] + signs[False], counted, images]
+        *totals, counted, self.num_images = distributed.all_reduce_sum(
             torch.tensor(mine, device=device)
         ).tolist()
-        self._check_signs(counts)
+        self._check_signs(totals)
+        if self.labels and self.labels.needs_counts and not counted:
+            raise InputError(
+                f"{self.shards.path}: {self.labels.needs_counts} needs roll-outs, but no labelled "
+                "step knows any; shard records that have num_mc_correct and num_mc_total, or leave "
+                "the flag out"
+            )
+
+    def _signs(self, turns: list[Turn]) -> tuple[list[str], int]:
+        """What the steps of a training record pull P(+) to, and how many of them know roll-outs.
+
+        Where roll-outs themselves are trained on, some right and some wrong pull both ways.
+        """
+        reads_counts = self.labels is not None and self.labels.reads_counts
+        labels, counts = step_labels(self._labelled(turns)), step_counts(turns)
+        signs: list[str] = []
+        num_counted = 0
+        for label, (correct, total) in zip(labels, counts, strict=True):
+            if label is None:
+                continue
+            num_counted += total > 0
+            if reads_counts and total:
+                signs += ["+"] * (correct > 0) + ["-"] * (correct < total)
+            else:
+                signs.append(label)
+        return signs, num_counted
 
     def _check_signs(self, counts: Sequence[int]) -> None:
         """Refuse data that teach nothing, and warn of data that teach one answer alone."""

@@ -14,26 +14,28 @@ from torch.func import functional_call
 
 from dreamprm_dist.hypergradient import Estimator
 from dreamprm_dist.hypergradient.tap import TappedBatch
-from dreamprm_dist.losses import Observation, instance_losses
+from dreamprm_dist.losses import Observation
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import PRM, StepOutput
 
 Weigh = Callable[[StepOutput, Tensor, Batch], Tensor]
+Losses = Callable[[StepOutput, Batch], Tensor]
 
 
 def lower_loss(
-    output: StepOutput, batch: Batch, weigh: Weigh, tapped: TappedBatch | None
+    output: StepOutput, batch: Batch, losses_of: Losses, weigh: Weigh, tapped: TappedBatch | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a micro-batch goes back from: the mean of its weighted losses.
 
     Args:
+        losses_of: what the PRM says and the batch to the instance losses (B,).
         weigh: what the PRM says, the losses (B,) and the batch to weights (B,).
         tapped: of `ghost`, which weighs in the backward pass.
 
     Returns:
         The loss, the unweighted instance losses (B,) and the weights (B,).
     """
-    losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+    losses = losses_of(output, batch)
     weights = weigh(output, losses, batch)
     weighted = tapped.weigh_in_backward(losses, weights) if tapped else weights * losses
     return weighted.mean(), losses, weights
@@ -44,7 +46,7 @@ def meta_gradient(
     parameters: Mapping[str, Tensor],
     scope: Collection[str],
     micro_batches: Sequence[Batch],
-    loss: Callable[[StepOutput, Batch], Tensor],
+    loss: Losses,
     scale: Tensor | float,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradient of the summed meta loss times `scale`, on this rank.
@@ -85,17 +87,19 @@ def directional_derivative(
     parameters: Mapping[str, Tensor],
     v: Mapping[str, Tensor],
     batch: Batch,
+    losses_of: Losses,
     features: Callable[[StepOutput, Tensor, Batch], Tensor],
 ) -> tuple[Observation, Observation]:
     """The upper level's view of a micro-batch, and its derivative along v.
 
     Args:
+        losses_of: what the PRM says and the batch to the instance losses (B,).
         features: what the PRM says, the losses (B,) and the batch to the reweighter's features.
     """
 
     def observe(values: Mapping[str, Tensor]) -> Observation:
         output = functional_call(prm, dict(values), (batch,), tie_weights=False)
-        losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = losses_of(output, batch)
         return Observation(losses, features(output, losses, batch))
 
     assert estimator.function is not None

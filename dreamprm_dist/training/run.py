@@ -23,6 +23,7 @@ from dreamprm_dist.data.sampler import check_every_shard_learns, check_ranks
 from dreamprm_dist.data.shards import ShardFolder
 from dreamprm_dist.files import whole_folder, whole_lines
 from dreamprm_dist.hypergradient.ghost import Ghost
+from dreamprm_dist.losses import LowerLossConfig
 from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import load_prm, load_tokenizer
@@ -122,6 +123,7 @@ class TrainingRun:
             lower.batch_size,
             lower.gradient_accumulation,
             share_tiles=ghost is None,
+            labels=config.lower_loss,
         )
         if meta and config.learns:
             self.meta_batches = self._batches(
@@ -176,6 +178,7 @@ class TrainingRun:
         *,
         by_question: bool = False,
         share_tiles: bool = True,
+        labels: LowerLossConfig | None = None,
     ) -> RankBatches:
         world_size = distributed.world_size()
         global_batch_size = batch_size * accumulation * world_size
@@ -191,6 +194,7 @@ class TrainingRun:
             world_size=world_size,
             by_question=by_question,
             share_tiles=share_tiles,
+            labels=labels,
         )
         batches.check_rows(self.device)
         return batches
@@ -361,7 +365,8 @@ class TrainingRun:
         reweighter = self.trainer.reweighter
         if reweighter.reads_prm:
             batches = self._every_row(self._weighted_batches(), "weights")
-            raw = raw_weights_now(self.trainer.engine.module, reweighter, batches)
+            trainer = self.trainer
+            raw = raw_weights_now(trainer.engine.module, reweighter, batches, trainer.lower_losses)
         else:
             raw = reweighter.local_raw_weights()
         return reweighter.gather(raw)
@@ -376,8 +381,10 @@ class TrainingRun:
         A forward pass over the training data.
         """
         batches = self._every_row(self._weighted_batches(), "losses")
-        prm, partition = self.trainer.engine.module, self.trainer.reweighter.partition
-        return partition.gather(instance_losses_now(prm, partition, batches, self.device))
+        trainer = self.trainer
+        prm, partition = trainer.engine.module, trainer.reweighter.partition
+        losses = instance_losses_now(prm, partition, batches, trainer.lower_losses, self.device)
+        return partition.gather(losses)
 
     def _card(self) -> ModelCard:
         read = {"training": self.train_shards, "meta": self.meta_shards}

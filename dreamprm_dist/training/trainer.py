@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dreamprm_dist import distributed
 from dreamprm_dist.hypergradient.ghost import Ghost
-from dreamprm_dist.losses import Observation, meta_losses
+from dreamprm_dist.losses import Observation, instance_losses, meta_losses
 from dreamprm_dist.prm.batch import Batch
 from dreamprm_dist.prm.model import StepOutput
 from dreamprm_dist.reweighters.base import Reweighter
@@ -131,7 +131,7 @@ class BilevelTrainer:
 
         tapping = partial(self.ghost.tapping, v=v) if self.ghost and v is not None else None
         with self.phases("lower"):
-            step = self.engine.lower_step(micro_batches, weigh, tapping)
+            step = self.engine.lower_step(micro_batches, self.lower_losses, weigh, tapping)
         self.skipped_steps.note(not step.applied)
         if step.products is not None and step.applied:
             with self.phases("hypergradient"):
@@ -173,6 +173,10 @@ class BilevelTrainer:
             meta_losses=losses, meta_gradient_norm=norm, lr=lr, squared_norm=squared_norm
         )
 
+    def lower_losses(self, output: StepOutput, batch: Batch) -> Tensor:
+        """Instance losses (B,) of a batch of training data, from what the PRM says of it."""
+        return instance_losses(output.logits, batch, self.config.lower_loss, self.label_ids)
+
     def meta_losses(self, output: StepOutput, batch: Batch) -> Tensor:
         """Meta losses (B,) of a batch of meta solutions, from what the PRM says of it."""
         return meta_losses(
@@ -186,5 +190,5 @@ class BilevelTrainer:
         estimator = self.config.hypergradient.estimator
         prm, parameters = self.engine.module, self.engine.parameters
         return directional_derivative(
-            prm, estimator, parameters, v, batch, self.reweighter.features
+            prm, estimator, parameters, v, batch, self.lower_losses, self.reweighter.features
         )

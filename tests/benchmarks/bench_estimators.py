@@ -56,7 +56,7 @@ def exact(trainer: BilevelTrainer, batch, v: dict[str, Tensor]) -> Tensor:
 
 def losses_of(module, batch) -> Tensor:
     logits = module(batch).logits
-    return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+    return instance_losses(logits, batch)
 
 
 def estimator_error(
@@ -97,7 +97,7 @@ def unrolled_cosines(folder: Path, model: Path, device: str) -> dict[str, dict[s
 
     def gradient(parameters: dict[str, Tensor], batch, weights: Tensor, graph: bool = False):
         logits = functional_call(module, parameters, (batch,)).logits
-        losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = instance_losses(logits, batch)
         gradients = torch.autograd.grad(
             (weights * losses).mean(), list(parameters.values()), create_graph=graph
         )
@@ -143,7 +143,7 @@ def unrolled_cosines(folder: Path, model: Path, device: str) -> dict[str, dict[s
     def estimate(parameters: dict[str, Tensor], v: dict[str, Tensor]) -> Tensor:
         def observe(parameters) -> Observation:
             logits = functional_call(module, dict(parameters), (batch,)).logits
-            losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+            losses = instance_losses(logits, batch)
             return Observation(losses, losses.new_zeros(0, 0))
 
         with module.forward_mode():

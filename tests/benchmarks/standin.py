@@ -166,7 +166,9 @@ def make_run(folder: Path, model: Path, *flags: object) -> TrainingRun:
 def plain_step(run: TrainingRun, batches: Sequence[Batch]) -> None:
     """A lower step with no meta level, every weight 1."""
     run.trainer.engine.lower_step(
-        batches, lambda output, losses, b: torch.ones(len(b), device=losses.device)
+        batches,
+        run.trainer.lower_losses,
+        lambda output, losses, b: torch.ones(len(b), device=losses.device),
     )
 
 

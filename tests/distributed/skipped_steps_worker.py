@@ -14,14 +14,14 @@ import torch
 
 from dreamprm_dist import distributed
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.training import passes
+from dreamprm_dist.training import trainer as trainer_module
 from dreamprm_dist.training.config import parse_train_config
 from dreamprm_dist.training.run import TrainingRun
 
 # What is wrong in each iteration, from the very first step on.
 POISONS = ["lower", "meta", "infinite", "none"]
 DEVICE = sys.argv[5]
-TRUE_LOSSES = passes.instance_losses
+TRUE_LOSSES = trainer_module.instance_losses
 
 
 def make_run(out: Path, model: str, shards: Path, flags: list[str]) -> TrainingRun:
@@ -63,7 +63,7 @@ def results(run: TrainingRun) -> dict:
     states, counts = [state()], []
     for iteration, (window, meta) in enumerate(islice(run.data(), len(POISONS)), start=1):
         poison, poisoned = POISONS[iteration - 1], is_last_rank()
-        passes.instance_losses = (
+        trainer_module.instance_losses = (
             infinite_losses if poisoned and poison == "infinite" else TRUE_LOSSES
         )
         if poisoned and poison in ("lower", "meta"):
@@ -78,7 +78,7 @@ def results(run: TrainingRun) -> dict:
 def train_without_end(run: TrainingRun) -> str:
     """Train with an infinite loss on the last rank in every iteration; what it ends with."""
     if is_last_rank():
-        passes.instance_losses = infinite_losses
+        trainer_module.instance_losses = infinite_losses
     try:
         run.train()
     except ValueError as error:

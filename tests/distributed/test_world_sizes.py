@@ -162,7 +162,7 @@ def plain_torch_run(
     directions, metrics = [], []
 
     def instances(batch):
-        return instance_losses(prm(batch).logits, batch.step_targets, batch.step_rows, SIZE)
+        return instance_losses(prm(batch).logits, batch)
 
     def lower_step(batch):
         losses = instances(batch)

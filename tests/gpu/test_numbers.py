@@ -50,7 +50,7 @@ def batches_for(prm, model: Path, shards: Path, device: str) -> list:
 
 def losses_of(prm, batch, parameters=None) -> Tensor:
     logits = functional_call(prm, dict(parameters or {}), (batch,), tie_weights=False).logits
-    return instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+    return instance_losses(logits, batch)
 
 
 def jvp_products(prm, batch, v) -> Tensor:

@@ -68,7 +68,7 @@ def products_of(run: TrainingRun, batch: Batch, parameters: dict[str, Tensor], v
     """<grad l_i, v> by a backward pass for each instance."""
     values = {name: p.clone().requires_grad_() for name, p in parameters.items()}
     logits = functional_call(run.trainer.engine.module, values, (batch,)).logits
-    losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+    losses = instance_losses(logits, batch)
     return gradient_dot(losses, values, v)
 
 
@@ -122,7 +122,7 @@ def test_each_batch_has_the_products_of_its_instances_before_its_step(make_run, 
         truth = products_of(run, batch, before, v)
         assert relative(derivatives.losses, truth) < TOLERANCE
         logits = functional_call(run.trainer.engine.module, before, (batch,)).logits
-        losses = instance_losses(logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = instance_losses(logits, batch)
         assert relative(values.losses, losses.detach()) < TOLERANCE
     # Another step's parameters would be found.
     assert relative(products_of(run, batch, before_steps[0], v), truth) > 1e-3

@@ -55,6 +55,7 @@ def real_batch(prm: PRM, size: int) -> Batch:
         step_rows=torch.arange(size).repeat_interleave(WORKLOAD.steps),
         step_positions=image_tokens + torch.arange(WORKLOAD.steps).repeat(size),
         step_targets=torch.arange(WORKLOAD.steps).repeat(size),
+        step_counts=torch.zeros(size * WORKLOAD.steps, 2, dtype=torch.long),
         sample_ids=2 * torch.arange(size) + distributed.rank(),
         true_false=torch.arange(size) % 2.0,
     )

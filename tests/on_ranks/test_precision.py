@@ -42,7 +42,7 @@ def true_gradient(run: TrainingRun, micro_batches: list) -> Tensor:
     engine, weigh = run.trainer.engine, lambda _, losses, batch: torch.ones_like(losses)
     totals = {name: torch.zeros(p.shape) for name, p in engine.parameters.items()}
     for batch in micro_batches:
-        loss, *_ = lower_loss(engine.module(batch), batch, weigh, None)
+        loss, *_ = lower_loss(engine.module(batch), batch, run.trainer.lower_losses, weigh, None)
         of_batch = torch.autograd.grad(loss / len(micro_batches), list(engine.parameters.values()))
         halves = [g / distributed.world_size() for g in of_batch]
         for name, gradient in zip(totals, halves, strict=True):

@@ -15,7 +15,7 @@ from data_tools.shard import shard_file
 from dreamprm_dist import distributed
 from dreamprm_dist.data.instance_values import source_ids_of
 from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.losses import instance_losses
+from dreamprm_dist.losses import LowerLossConfig, instance_losses
 from dreamprm_dist.prm.batch import Batch, InputFormat, collate
 from dreamprm_dist.prm.chat import IGNORE_INDEX
 from dreamprm_dist.prm.model import PRECISIONS, PRM, load_prm, load_tokenizer
@@ -140,6 +140,40 @@ def test_labels_of_all_ranks_count(tmp_path: Path, caplog, process_group, signs,
     said = [r.getMessage() for r in caplog.records if "one answer" in r.getMessage()]
     assert len(said) == len(expected)
     assert all(text in message for text, message in zip(expected, said, strict=True))
+
+
+def test_roll_outs_of_all_ranks_count(tmp_path: Path, caplog, process_group):
+    """Rank 0's only step knows none; what teaches one answer is what is trained on."""
+    folder = Path(distributed.broadcast_text(str(tmp_path)))
+    if distributed.rank() == 0:
+        human, step = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "+"}
+        counted = step | {"num_mc_correct": 1, "num_mc_total": 4}
+        records = [{"id": i, "conversations": [human, s]} for i, s in enumerate((step, counted))]
+        (folder / "records.json").write_text(json.dumps(records))
+        shard_file(folder / "records.json", folder / "shards", "training", 2)
+    distributed.barrier()
+    for flags, lacks in (
+        ({}, True),
+        ({"label_threshold": 0.2}, True),
+        ({"label_threshold": 0.25}, False),
+        ({"label": "soft"}, False),
+        ({"step_loss": "beta_binomial"}, False),
+    ):
+        caplog.clear()
+        RankBatches(
+            shards=ShardFolder(folder / "shards"),
+            tokenizer=load_tokenizer(os.environ["TESTS_ON_RANKS"].split(":")[0]),
+            format=InputFormat(6, 28, 4),
+            global_batch_size=2,
+            micro_batch_size=1,
+            seed=1,
+            level=0,
+            rank=distributed.rank(),
+            world_size=2,
+            labels=LowerLossConfig(**flags),
+        ).check_rows(process_group)
+        warned = "has no step labelled -:" in caplog.text
+        assert warned == (lacks and distributed.rank() == 0), flags
 
 
 def test_adamws_eps_is_torchs(make_run):
@@ -279,7 +313,7 @@ def weighted_gradient_norm(prm: PRM, micro_batches: list[Batch], weights: torch.
     """Norm of the gradient of (1/G) sum_i w_i l_i over both ranks' batches, which are equal."""
     total = torch.zeros((), dtype=torch.float64)
     for batch in micro_batches:
-        losses = instance_losses(prm(batch).logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = instance_losses(prm(batch).logits, batch)
         loss = (weights[batch.sample_ids] * losses).sum() / (2 * len(batch))
         gradients = torch.autograd.grad(loss, list(prm.parameters()))
         total = total + torch.cat([g.flatten() for g in gradients]).double()

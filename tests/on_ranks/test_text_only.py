@@ -137,10 +137,7 @@ def without_blank(run: TrainingRun, values: dict[str, Tensor], batch: Batch) -> 
 
 def lower_losses(run: TrainingRun, batch: Batch) -> Callable[[dict[str, Tensor]], Tensor]:
     """From parameters to the instance losses of a batch."""
-    targets, rows = batch.step_targets, batch.step_rows
-    return lambda values: instance_losses(
-        without_blank(run, values, batch).logits, targets, rows, len(batch)
-    )
+    return lambda values: instance_losses(without_blank(run, values, batch).logits, batch)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

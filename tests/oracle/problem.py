@@ -12,7 +12,13 @@ from torch.func import functional_call
 
 from dreamprm_dist.hypergradient import ESTIMATORS
 from dreamprm_dist.hypergradient.ghost import Ghost
-from dreamprm_dist.losses import MetaLossConfig, Observation, instance_losses, meta_losses
+from dreamprm_dist.losses import (
+    LowerLossConfig,
+    MetaLossConfig,
+    Observation,
+    instance_losses,
+    meta_losses,
+)
 from dreamprm_dist.prm.batch import Batch, InputFormat
 from dreamprm_dist.prm.chat import label_token_ids
 from dreamprm_dist.prm.model import PRM
@@ -32,7 +38,7 @@ class Problem:
     """
 
     def __init__(self, prm: PRM, tokenizer, shards: Path):
-        self.prm = prm.train()
+        self.prm, self.lower_loss = prm.train(), LowerLossConfig()
         self.format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
         lower = self._batches(tokenizer, shards / "train", 0, share_tiles=False)
         self.window = [lower[step][0] for step in range(2)]
@@ -66,7 +72,7 @@ class Problem:
         """The upper level's view of the lower batch; `run` is the PRM, at some parameters."""
         batch = self.lower
         output = run(batch)
-        losses = instance_losses(output.logits, batch.step_targets, batch.step_rows, len(batch))
+        losses = instance_losses(output.logits, batch, self.lower_loss, self.label_ids)
         if reweighter is None:
             return Observation(losses, losses.new_zeros(0, 0))
         return Observation(losses, reweighter.features(output, losses, batch))

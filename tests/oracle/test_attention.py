@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from dreamprm_dist.hypergradient import ESTIMATORS
+from dreamprm_dist.losses import instance_losses
 from dreamprm_dist.planning.workload import Workload
 from dreamprm_dist.prm import attention
 from dreamprm_dist.prm.attention import FORWARD_MODE
@@ -241,6 +242,7 @@ def test_every_tangent_has_the_dtype_of_its_primal(
             parameters,
             v,
             Workload(tiles=2, text_tokens=9, steps=2).batch(prm, 2),
+            lambda output, batch: instance_losses(output.logits, batch),
             lambda output, losses, batch: losses.new_zeros(0, 0),
         )[1].losses
     assert losses.dtype == torch.float32 and losses.shape == (2,)

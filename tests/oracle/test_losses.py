@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from reweighting import steps_of
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -29,10 +30,10 @@ def probability(step: int, token: int) -> float:
 
 def test_instance_loss_is_the_mean_over_labelled_steps():
     targets = torch.tensor([1, IGNORE_INDEX, 3])
-    found = instance_losses(LOGITS, targets, STEP_ROWS, 3)
+    found = instance_losses(LOGITS, steps_of(targets, STEP_ROWS, 3))
     expected = [-math.log(probability(0, 1)), -math.log(probability(2, 3)), 0.0]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-    both = instance_losses(LOGITS, torch.tensor([1, 3, 3]), STEP_ROWS, 2)
+    both = instance_losses(LOGITS, steps_of(torch.tensor([1, 3, 3]), STEP_ROWS, 2))
     mean = -(math.log(probability(0, 1)) + math.log(probability(1, 3))) / 2
     assert both[0].item() == pytest.approx(mean, rel=1e-12)
 
@@ -48,10 +49,10 @@ def test_step_scores_are_over_the_whole_vocabulary_or_the_pair():
 
 def test_losses_and_scores_of_bf16_logits_are_taken_in_float32():
     logits = LOGITS.bfloat16()
-    targets, rows = torch.tensor([1, 3, 1]), torch.tensor([0, 0, 1])
-    losses = instance_losses(logits, targets, rows, 2)
+    batch = steps_of(torch.tensor([1, 3, 1]), STEP_ROWS, 2)
+    losses = instance_losses(logits, batch)
     assert losses.dtype == torch.float32
-    assert losses.equal(instance_losses(logits.float(), targets, rows, 2))
+    assert losses.equal(instance_losses(logits.float(), batch))
     for over in ("vocabulary", "pair"):
         scores = step_scores(logits, LABELS, "-", over)
         assert scores.equal(step_scores(logits.float(), LABELS, "-", over))
@@ -150,6 +151,7 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
         step_rows=torch.tensor([0, 0, 1]),
         step_positions=torch.tensor([100, 399, 300]),
         step_targets=torch.tensor([10, 12, 10]),
+        step_counts=torch.zeros(3, 2, dtype=torch.long),
         sample_ids=torch.arange(2),
         true_false=torch.ones(2),
     )
@@ -157,7 +159,7 @@ def test_no_tensor_of_sequence_by_vocabulary_is_ever_made():
 
     def losses(parameters):
         logits = functional_call(prm, dict(parameters), (batch,)).logits
-        return instance_losses(logits, batch.step_targets, batch.step_rows, 2)
+        return instance_losses(logits, batch)
 
     with LargestOutput(vocabulary, hidden) as seen:
         losses(parameters).mean().backward()

@@ -141,6 +141,7 @@ def first_instance(batch: Batch) -> Batch:
         step_rows=batch.step_rows[steps],
         step_positions=batch.step_positions[steps],
         step_targets=batch.step_targets[steps],
+        step_counts=batch.step_counts[steps],
     )
 
 
@@ -150,7 +151,9 @@ def test_scores_behind_a_cache_are_those_of_sdpa(prm: PRM, kernel: Kernel, ends:
     torch.manual_seed(1)
     pixels = torch.randn(1, 3, prm.tile_size, prm.tile_size)
     start = [prm.model.config.image_token_id] * prm.tokens_per_tile + [0, 1]
-    conversations = [EncodedConversation(start + end, [len(start + end) - 1], [0]) for end in ends]
+    conversations = [
+        EncodedConversation(start + end, [len(start + end) - 1], [0], [(0, 0)]) for end in ends
+    ]
     with Waits() as expected_waits:
         expected = step_logits(prm, conversations, pixels)
     use_flash(prm)
