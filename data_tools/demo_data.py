@@ -20,12 +20,15 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+from dreamprm_dist.data.schema import Turn
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.prm.solutions import steps_conversation
 
 TILE_SIZE = 32  # image side, and the tile size of the demo model: 4 x the 8 x 8 digits
 WIDE_RATE = 0.1  # images of two tiles and a thumbnail; few, as each costs 32 tokens more
+NUM_TRAIN, NUM_META = 1200, 480  # solutions
 TEST_DIGITS = 450
+NUM_ROLLOUTS = 16
 SOLUTIONS_PER_QUESTION = 4
 # Where a solution goes wrong: nowhere, in perception, in inference, in the answer. Candidates are
 # worse than training solutions, so that the first is right in 1 of 4 and Best-of-4 has room.
@@ -120,6 +123,25 @@ def make_solution(
     return Solution(steps, tuple(wrong_step == 0 or step < wrong_step for step in (1, 2, 3)))
 
 
+def with_counts(turns: Sequence[Turn], rng: np.random.Generator) -> list[dict]:
+    """Turns whose step labels come with the counts of simulated Monte Carlo roll-outs.
+
+    Of `NUM_ROLLOUTS` from a step labelled `-` none comes to the right answer; from one labelled `+`
+    at least one does, and a share drawn evenly from 0 to 1 of the others. So counts are as wrong as
+    the labels are, and say no more about which are.
+    """
+    counted = []
+    for turn in turns:
+        counts = {}
+        if turn["from"] == "gpt":
+            correct = 0
+            if turn["value"] == "+":
+                correct = 1 + int(rng.binomial(NUM_ROLLOUTS - 1, rng.random()))
+            counts = {"num_mc_correct": correct, "num_mc_total": NUM_ROLLOUTS}
+        counted.append(turn | counts)
+    return counted
+
+
 def digit_image(pixels: np.ndarray, column: int | None = None) -> Image.Image:
     """A digit as a 32 x 32 image, or in one half of a 64 x 32 one.
 
@@ -153,8 +175,8 @@ def split_digits(num_meta_digits: int, rng: np.random.Generator) -> dict[str, li
 def make_demo_data(
     out: Path | str,
     seed: int = 0,
-    num_train: int = 1200,
-    num_meta: int = 480,
+    num_train: int = NUM_TRAIN,
+    num_meta: int = NUM_META,
     num_test: int = 720,
     flip_rate: float = 0.35,
 ) -> dict[str, float]:
@@ -176,6 +198,8 @@ def make_demo_data(
             f"{TEST_DIGITS * len(KINDS)}; they are {num_meta} and {num_test}"
         )
     out = Path(out)
+    # A generator of its own, so that the solutions are those of the demo without counts.
+    rollouts = np.random.default_rng([seed, 1])
     (out / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     digits = load_digits()
@@ -208,7 +232,9 @@ def make_demo_data(
                 "id": f"digit{index}-{kind.name}-{i}",
                 "image": image(index),
                 "dataset": kind.name,
-                "conversations": steps_conversation(kind.question, solution.steps, labels=labels),
+                "conversations": with_counts(
+                    steps_conversation(kind.question, solution.steps, labels=labels), rollouts
+                ),
             }
         )
         truth.append({"flipped": i in flipped, "clean_labels": solution.labels})

@@ -10,102 +10,205 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from data_tools.demo_data import make_demo_data, noise_auc
-from dreamprm_dist.data.shards import ShardFolder
-from dreamprm_dist.evaluation.best_of_n import clustered_bootstrap
-from dreamprm_dist.evaluation.compare import BASICS
+from data_tools.demo_data import NUM_META, NUM_TRAIN, make_demo_data, noise_auc
+from dreamprm_dist.evaluation.pooled import pooled
 from dreamprm_dist.evaluation.results import Results, read_results
-from dreamprm_dist.losses import instance_losses
-from dreamprm_dist.prm.batch import InputFormat, collate, encode_instance
-from dreamprm_dist.prm.model import load_prm, load_tokenizer
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH / "recipes"
 NUM_RANKS = 2
-WEIGHTED = ("instance_table", "instance_net", "domain_table")
-PRMS = ("cold_start", "baseline", "baseline_plus_meta", *WEIGHTED)
-DIFFERENCES = [("instance_table", other) for other in PRMS[:3]] + [("instance_net", "baseline")]
+PLUS_META = ("--train_on_meta", "steps")
+# Of `make demo-seeds`: sizes of smaller meta sets, in solutions, and how many training solutions
+# each free baseline keeps.
+META_SIZES = (48, 96, 192)
+KEPT = {"bis": 600, "mc_agreement": 600, "small_loss": 600, "random": 600}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a PRM of the demo is trained, from a cold start on.
+
+    Attributes:
+        recipe: file in recipes/, less `demo_`.
+        flags: beside it.
+        train, meta: shard folders.
+        start: the run whose export it starts from.
+    """
+
+    recipe: str
+    flags: tuple[object, ...] = ()
+    train: str = "train"
+    meta: str = "meta"
+    start: str = "cold_start"
+
+
+METHODS = {
+    "baseline": Method("baseline"),
+    "baseline_plus_meta": Method("baseline", PLUS_META),
+    "instance_table": Method("instance_table"),
+    "table_plus_meta": Method("instance_table", PLUS_META),
+}
+# Those of `make demo-seeds`.
+SIZED = {
+    f"{name}-{size}": Method(
+        method.recipe,
+        # A global meta batch is no larger than the meta set.
+        (*method.flags, *("--meta_batch_size", min(96, size // NUM_RANKS))),
+        meta=f"meta-{size}",
+    )
+    for size in META_SIZES
+    for name, method in METHODS.items()
+    if name != "baseline"
+}
+FREE = {f"{name}_plus_meta": Method("baseline", PLUS_META, train=name) for name in KEPT}
+LEARNED = {
+    "instance_net": Method("instance_net"),
+    "net_plus_meta": Method("instance_net", PLUS_META),
+    "domain_table": Method("domain_table"),
+    "shuffled_meta": Method("instance_table", meta="shuffled_meta"),
+}
+# Another model with the weights that the first one has learned.
+OTHER = {
+    "other_baseline": Method("baseline", PLUS_META, start="other_cold_start"),
+    "other_fixed": Method(
+        "instance_table", (*PLUS_META, "--reweighter", "fixed"), start="other_cold_start"
+    ),
+}
+PAIRS = [
+    ("table_plus_meta", "baseline_plus_meta"),
+    ("instance_table", "baseline"),
+    ("instance_table", "baseline_plus_meta"),
+    *(("table_plus_meta", name) for name in FREE),
+    *((name, "baseline_plus_meta") for name in FREE),
+    ("net_plus_meta", "baseline_plus_meta"),
+    ("instance_net", "baseline"),
+    ("other_fixed", "other_baseline"),
+    *((f"table_plus_meta-{n}", f"baseline_plus_meta-{n}") for n in META_SIZES),
+    *((f"instance_table-{n}", "baseline") for n in META_SIZES),
+]
 
 
 @dataclass
 class Demo:
-    """One demo run in a folder of its own."""
+    """One demo run in a folder of its own.
+
+    Attributes:
+        everything: with all that `make demo-seeds` compares.
+    """
 
     out: Path
     seed: int
-    shuffled_meta: bool
+    everything: bool
+    prms: list[str] = field(default_factory=list)
 
     def run(self) -> tuple[dict, Results]:
         """All stages; returns `summary.json`'s content and the evaluation's results."""
         start = time.monotonic()
         self._data()
-        cold_start = self._train("cold_start", "demo_cold_start", "train", self.out / "base")
-        self._train("baseline", "demo_baseline", "train", cold_start)
-        self._train("baseline_plus_meta", "demo_baseline", "train_plus_meta", cold_start)
-        scores = {}
-        for name in WEIGHTED:
-            self._train(name, f"demo_{name}", "train", cold_start)
-            scores[name] = self._weights(name)
-        scores["small_loss"] = -self._instance_losses(cold_start)
-        if self.shuffled_meta:
-            self._train("shuffled_meta", "demo_instance_table", "train", cold_start)
-            scores["shuffled_meta"] = self._weights("shuffled_meta")
+        self._base("base", self.seed)
+        self._train("cold_start", Method("cold_start", ("--export_losses",), start="base"))
+        for name, method in METHODS.items():
+            self._train(name, method)
+        if self.everything:
+            self._all_comparisons()
         results = self._evaluate()
         summary = {
             "seed": self.seed,
             "seconds": round(time.monotonic() - start, 1),
-            "noise_auc": {name: noise_auc(self.out / "data", s) for name, s in scores.items()},
-        } | pooled([results])
+            "noise_auc": self._noise_aucs(),
+        } | pooled([results], pairs_among(self.prms))
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         self._python("report", LAUNCH / "report.py", self.out)
         return summary, results
 
     def _data(self) -> None:
-        data = self.out / "data"
-        make_demo_data(data, self.seed)
-        records = {n: json.loads((data / f"{n}.json").read_text()) for n in ("train", "meta")}
-        both = records["train"] + records["meta"]
-        (data / "train_plus_meta.json").write_text(json.dumps(both))
-        seed = ["--seed", str(self.seed)]
-        self._python(
-            "base", "-m", "data_tools.demo_model", "--data", data, "--out", self.out / "base", *seed
-        )
-        control = ("shuffled_meta",) if self.shuffled_meta else ()
-        for name in ("train", "train_plus_meta", "meta", *control):
-            kind = "--train" if name.startswith("train") else "--meta"
-            source, shards = data / f"{name}.json", self.out / "shards" / name
-            self._python(f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", shards)
+        make_demo_data(self.out / "data", self.seed)
+        self._shard("train", "train.json")
+        self._shard("meta", "meta.json")
 
-    def _train(self, name: str, recipe: str, train: str, start_from: Path) -> Path:
-        """A training run on two ranks; returns its export."""
-        meta = name if name == "shuffled_meta" else "meta"
-        run = self.out / name
+    def _all_comparisons(self) -> None:
+        for name, method in LEARNED.items():
+            if method.meta != "meta":
+                self._shard(method.meta, f"{method.meta}.json")
+            self._train(name, method)
+        losses = self.out / "cold_start" / "export" / "instance_losses.parquet"
+        for name, number in KEPT.items():
+            by: list[object] = ["--balance", "none"] if name == "random" else ["--rank_by", name]
+            by += ["--instance_losses", losses] if name == "small_loss" else []
+            data = self.out / "data"
+            self._python(
+                *(f"sample {name}", "-m", "data_tools.sample", data / "train.json"),
+                *("--n", number, "--seed", self.seed, "--out", data / f"{name}.jsonl", *by),
+            )
+            self._shard(name, f"{name}.jsonl")
+            self._train(f"{name}_plus_meta", FREE[f"{name}_plus_meta"])
+        meta = json.loads((self.out / "data" / "meta.json").read_text())
+        for size in META_SIZES:
+            path = self.out / "data" / f"meta-{size}.json"
+            path.write_text(json.dumps(meta[:size]))
+            self._shard(f"meta-{size}", path.name)
+        for name, method in SIZED.items():
+            self._train(name, method)
+        self._base("other_base", self.seed + 1000)
+        self._train("other_cold_start", Method("cold_start", start="other_base"))
+        weights = self.out / "table_plus_meta" / "export" / "instance_weights.parquet"
+        self._train("other_baseline", OTHER["other_baseline"])
+        self._train("other_fixed", OTHER["other_fixed"], "--instance_weights", weights)
+
+    def _base(self, name: str, seed: int) -> None:
+        self._python(
+            *(name, "-m", "data_tools.demo_model", "--data", self.out / "data"),
+            *("--out", self.out / name / "export", "--seed", seed),
+        )
+
+    def _shard(self, name: str, file: str) -> None:
+        kind = "--meta" if "meta" in name else "--train"
+        source, out = self.out / "data" / file, self.out / "shards" / name
+        self._python(f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", out)
+
+    def _train(self, name: str, method: Method, *flags: object) -> None:
+        """A training run on two ranks, which is evaluated in the end."""
+        shards = self.out / "shards"
         self._on_ranks(
             *(name, "train.py"),
-            *("--config", RECIPES / f"{recipe}.yaml", "--seed", self.seed),
-            *("--train_json_file", self.out / "shards" / train / "train"),
-            *("--meta_json_file", self.out / "shards" / meta / "meta"),
-            *("--reward_model", start_from, "--out", run),
+            *("--config", RECIPES / f"demo_{method.recipe}.yaml", "--seed", self.seed),
+            *("--train_json_file", shards / method.train / "train"),
+            *("--meta_json_file", shards / method.meta / "meta"),
+            *("--reward_model", self.out / method.start / "export"),
+            *("--out", self.out / name, *method.flags, *flags),
         )
-        return run / "export"
+        self.prms.append(name)
 
     def _evaluate(self) -> Results:
         """Best-of-N of all PRMs on the test questions, on two ranks."""
         folder = self.out / "evaluation"
         self._on_ranks(
             *("evaluate", "evaluate.py"),
-            *("--model", *(self.out / name / "export" for name in PRMS)),
+            *("--model", *(self.out / name / "export" for name in self.prms)),
             *("--test_json_file", self.out / "data" / "test.json"),
             *("--out", folder, "--precision", "fp32"),
         )
         return read_results(folder / "results.json")
+
+    def _noise_aucs(self) -> dict[str, float]:
+        """Of the weights of each run that has learned some, and of the cold start's losses."""
+        scores = {
+            name: self._column(name, "weights", "weight")
+            for name in self.prms
+            if (self.out / name / "export" / "instance_weights.parquet").exists()
+        }
+        scores["small_loss"] = -self._column("cold_start", "losses", "loss")
+        return {name: noise_auc(self.out / "data", values) for name, values in scores.items()}
+
+    def _column(self, name: str, file: str, column: str) -> np.ndarray:
+        table = pd.read_parquet(self.out / name / "export" / f"instance_{file}.parquet")
+        return table.sort_values("sample_id")[column].to_numpy()
 
     def _on_ranks(self, stage: str, script: str, *arguments: object) -> None:
         """Run a stage that is a script of `launch/` on two ranks."""
@@ -137,63 +240,16 @@ class Demo:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             sys.exit(f"{tail}\nerror: stage {stage} failed with exit code {code}; see {log}")
 
-    def _weights(self, name: str) -> np.ndarray:
-        weights = pd.read_parquet(self.out / name / "export" / "instance_weights.parquet")
-        return weights["weight"].to_numpy()
 
-    @torch.no_grad()
-    def _instance_losses(self, model: Path) -> np.ndarray:
-        """Losses of a model on the noisy training labels, in the order of sample IDs."""
-        prm, tokenizer = load_prm(str(model), "fp32").eval(), load_tokenizer(str(model))
-        shards = ShardFolder(self.out / "shards" / "train" / "train")
-        format = InputFormat(6, prm.tile_size, prm.tokens_per_tile)
-        losses = np.empty(shards.num_rows)
-        for shard, rows in enumerate(shards.rows_per_shard):
-            for first in range(0, rows, 32):
-                records = [shards.read(shard, row) for row in range(first, min(first + 32, rows))]
-                instances = [
-                    encode_instance(r["conversations"], r["images"], tokenizer, format)
-                    for r in records
-                ]
-                batch = collate(instances, tokenizer.pad_token_id)
-                values = instance_losses(prm(batch).logits, batch)
-                losses[[r["sample_id"] for r in records]] = values
-        return losses
-
-
-def pooled(runs: list[Results]) -> dict:
-    """Accuracies over the questions of all runs, and paired differences with 95 % intervals.
-
-    The bootstrap resamples digit images, for questions about one image are not independent.
-
-    Args:
-        runs: the evaluation of each seed.
-    """
-    sizes = [run.num_questions for run in runs]
-    accuracy = {
-        name: float(np.average([run.accuracies()[name] for run in runs], weights=sizes))
-        for name in BASICS
-    }
-    correct = {
-        name: np.concatenate([run.prms[name].correct["mean"] for run in runs]).astype(float)
-        for name in PRMS
-    }
-    # Seeds split the same digits anew, so one digit is one cluster in all of them.
-    clusters = [tuple(question.images) for run in runs for question in run.questions]
-    differences = {}
-    for name, other in DIFFERENCES:
-        mean, low, high = clustered_bootstrap(correct[name] - correct[other], clusters)
-        differences[f"{name}_minus_{other}"] = {"mean": mean, "low": low, "high": high}
-    return {
-        "num_questions": sum(sizes),
-        "accuracy": accuracy | {name: float(values.mean()) for name, values in correct.items()},
-        "differences": differences,
-    }
+def pairs_among(prms: list[str]) -> list[tuple[str, str]]:
+    """The pairs of which both were trained."""
+    return [pair for pair in PAIRS if {*pair} <= {*prms}]
 
 
 def run_seeds(out: Path, seeds: list[int]) -> dict:
-    """The demo and its controls for each seed, then what they show together."""
-    outcomes = [Demo(out / f"seed-{seed}", seed, shuffled_meta=True).run() for seed in seeds]
+    """The demo and all its comparisons for each seed, then what they show together."""
+    demos = [Demo(out / f"seed-{seed}", seed, everything=True) for seed in seeds]
+    outcomes = [demo.run() for demo in demos]
     summaries = [summary for summary, _ in outcomes]
     aucs = {
         name: [summary["noise_auc"][name] for summary in summaries]
@@ -202,9 +258,11 @@ def run_seeds(out: Path, seeds: list[int]) -> dict:
     summary = {
         "seeds": summaries,
         "seconds": sum(summary["seconds"] for summary in summaries),
+        "meta_sizes": [*META_SIZES, NUM_META],
+        "kept": {name: number / NUM_TRAIN for name, number in KEPT.items()},
         "noise_auc": {name: float(np.mean(values)) for name, values in aucs.items()},
         "noise_auc_lowest": {name: min(values) for name, values in aucs.items()},
-    } | pooled([results for _, results in outcomes])
+    } | pooled([results for _, results in outcomes], pairs_among(demos[0].prms))
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     subprocess.run([sys.executable, LAUNCH / "report.py", out], check=True)
     return summary
@@ -215,7 +273,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--seed", type=int, default=1, help="seed of data, model and order")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="several seeds, each with the shuffled-meta control"
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="several seeds, each with all comparisons: other reweighters, free baselines, smaller "
+        "meta sets, another model, shuffled meta answers",
     )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.out, ignore_errors=True)
@@ -224,7 +286,7 @@ def main() -> None:
         summary = run_seeds(arguments.out, arguments.seeds)
         summary = {key: value for key, value in summary.items() if key != "seeds"}
     else:
-        summary, _ = Demo(arguments.out, arguments.seed, shuffled_meta=False).run()
+        summary, _ = Demo(arguments.out, arguments.seed, everything=False).run()
     print(json.dumps(summary, indent=2))
     print(f"report: {arguments.out / 'report.html'}")
 
