@@ -37,8 +37,8 @@ $(STAMP): setup.py
 demo: $(STAMP) ## the whole job on handwritten digits, in runs/demo (some minutes)
 	$(PYTHON) launch/demo.py --out runs/demo
 
-demo-seeds: $(STAMP) ## the demo with three seeds and its controls, in runs/demo-seeds
-	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3
+demo-seeds: $(STAMP) ## five seeds of the demo, each with all comparisons, in runs/demo-seeds (an hour)
+	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3 4 5
 
 test: $(STAMP) ## all tests but those that need a GPU or a browser
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not gpu and not web"

@@ -280,6 +280,7 @@ def test_plain_fine_tuning_is_one_thing(flag: str):
     assert config.reweighter.reweighter == "uniform"
     assert not config.learns and not config.reads_meta
     assert parse_train_config([flag, "--meta_validation_fraction", "0.5"]).reads_meta
+    assert parse_train_config([flag, "--train_on_meta", "answer"]).reads_meta
 
 
 def test_saved_yaml_is_flat(tmp_path: Path):

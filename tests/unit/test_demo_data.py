@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, InternVLForCondition
 
 from data_tools.demo_data import (
     KINDS,
+    NUM_ROLLOUTS,
     SOLUTIONS_PER_QUESTION,
     TILE_SIZE,
     make_demo_data,
@@ -77,6 +79,23 @@ def test_training_labels_are_the_truth_or_its_reverse(tiny_data_dir: Path) -> No
         assert labels == (reverse if true["flipped"] else true["clean_labels"])
     assert sum(true["flipped"] for true in truth) == round(0.35 * 64)
     assert {label for true in truth for label in true["clean_labels"]} == {"+", "-"}
+
+
+def test_counts_are_as_wrong_as_the_labels(tiny_data_dir: Path) -> None:
+    train, truth = read(tiny_data_dir, "train"), read(tiny_data_dir, "truth")
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for record, true in zip(train, truth, strict=True):
+        for turn in record["conversations"]:
+            if turn["from"] == "gpt":
+                share = turn["num_mc_correct"] / turn["num_mc_total"]
+                assert turn["num_mc_total"] == NUM_ROLLOUTS
+                assert (0 < share <= 1) if turn["value"] == "+" else share == 0
+                if share:
+                    shares[true["flipped"]].append(share)
+    # Uniform on 1 to 16 with one certain success: a mean of 8.5 of 16, whatever was flipped.
+    assert min(map(len, shares.values())) > 20
+    for found in shares.values():
+        assert np.mean(found) == pytest.approx(8.5 / 16, abs=3 * 0.29 / len(found) ** 0.5)
 
 
 def test_meta_records_are_clean_and_half_of_a_question_s_four_right(tiny_data_dir: Path) -> None:
