@@ -1,6 +1,6 @@
 """Accuracies of PRMs with intervals, from an evaluation's `results.json`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 from dreamprm_dist.evaluation.results import Results, TableRow
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
@@ -13,11 +13,8 @@ from dreamprm_dist.report.style import (
     percent,
     plot_label,
     points,
+    span,
 )
-
-
-def _interval(values: Sequence[float], show: Callable[[object], str]) -> str:
-    return " to ".join(map(show, values))
 
 
 def table_accuracy(results: Results) -> str:
@@ -25,8 +22,8 @@ def table_accuracy(results: Results) -> str:
     rows = [
         (
             (label_of(row.prm or row.method), row.aggregation),
-            (percent(row.accuracy), _interval(row.interval_95, percent).replace("%", "")),
-            (points(row.over_first), _interval(row.over_first_interval_95, points)),
+            (percent(row.accuracy), span(row.interval_95, percent).replace("%", "")),
+            (points(row.over_first), span(row.over_first_interval_95, points)),
         )
         for row in _standing(results)
     ]
@@ -72,7 +69,7 @@ def table_between(results: Results) -> str:
     rows = [
         (
             f"{label_of(row.prm)} − {label_of(row.over)}",
-            (points(row.difference), _interval(row.interval_95, points)),
+            (points(row.difference), span(row.interval_95, points)),
         )
         for row in results.between
     ]
@@ -103,15 +100,31 @@ def table_steps(results: Results) -> str:
 
 def figure_intervals(results: Results) -> str:
     """Accuracies with their intervals, each PRM with the aggregation that stands for it."""
-    rows = _standing(results)
     styles = line_styles(results.prms)
-    figure, axes = axes_of(0.8 + 0.32 * len(rows))
-    for place, row in enumerate(rows):
-        low, high = (100 * value for value in row.interval_95)
-        color = styles[row.prm]["color"] if row.prm else GREY
-        axes.plot([low, high], [place, place], color=color, linewidth=2)
-        axes.plot(100 * row.accuracy, place, "o", color=color)
-    axes.set_yticks(range(len(rows)), [plot_label(row.prm or row.method) for row in rows])
+    return figure_points(
+        (
+            plot_label(row.prm or row.method),
+            styles[row.prm]["color"] if row.prm else GREY,
+            row.accuracy,
+            row.interval_95,
+        )
+        for row in _standing(results)
+    )
+
+
+def figure_points(rows: Iterable[tuple[str, str, float, Sequence[float]]]) -> str:
+    """Accuracies as points on the lines of their intervals.
+
+    Args:
+        rows: label, colour, accuracy, and low and high or nothing.
+    """
+    rows = [*rows]
+    figure, axes = axes_of(0.8 + 0.28 * len(rows))
+    for place, (_, color, accuracy, interval) in enumerate(rows):
+        bounds = [100 * value for value in interval]
+        axes.plot(bounds, [place] * len(bounds), color=color, linewidth=2)
+        axes.plot(100 * accuracy, place, "o", color=color)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.set(xlabel="right picks, %")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

@@ -25,12 +25,19 @@ Cell = str | tuple[str, str]
 PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
-def whole_page(name: str, title: str, verdict: str, sections: Mapping[str, Sequence[str]]) -> str:
-    """The page; sections are HTML by heading, and one without content is left out."""
+def whole_page(
+    name: str, title: str, verdict: Iterable[str], sections: Mapping[str, Sequence[str]]
+) -> str:
+    """The page.
+
+    Args:
+        verdict: what the page says first, in paragraphs.
+        sections: HTML by heading; one without content is left out.
+    """
     page = PAGE.substitute(
         name=escape(name),
         title=escape(title),
-        verdict=escape(verdict),
+        verdict="\n".join(f'<p class="verdict">{escape(text)}</p>' for text in verdict),
         sections="\n".join(
             f"<section><h2>{escape(heading)}</h2>{wrap('grid', ''.join(parts))}</section>"
             for heading, parts in sections.items()

@@ -120,7 +120,7 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
         "Settings": [wrap("wide", "".join(map(details_settings, runs)))],
     }
     name = " and ".join(folder.resolve().name for folder in folders)
-    page = whole_page(name, "Training runs", _verdict(evaluation), sections)
+    page = whole_page(name, "Training runs", [_verdict(evaluation)], sections)
     out.write_text(page, encoding="utf-8")
     return out
 

@@ -1,27 +1,130 @@
 """Names, colours and numbers of a report."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 # Colours are Okabe and Ito's, which colour-blind readers can tell apart, as far as they show on
 # white and on black; grey is for what no trained PRM did.
 GREY, BLUE, VERMILION, GREEN = "#8a8f98", "#0072B2", "#D55E00", "#009E73"
 ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
-# Label, explanation and colour, in the order of tables and plots.
+
+
+class Method(NamedTuple):
+    """A row of tables and plots.
+
+    Attributes:
+        label: its name.
+        explanation: what it is, in a sentence.
+        color: in plots; all weights 1 are warm, learned ones cold.
+        meta: whether its PRM has trained on the meta set; empty without a PRM.
+    """
+
+    label: str
+    explanation: str = ""
+    color: str = GREY
+    meta: str = ""
+
+
+NO, WEIGHTS, YES = "no", "through its weights", "yes"
+# In the order of tables and plots: rows that may be compared stand together.
 METHODS = {
-    "first": ("First candidate", "no choice at all", GREY),
-    "random": ("Random candidate", "drawn at random", GREY),
-    "self_consistency": ("Self-consistency", "the most frequent answer", GREY),
-    "cold_start": ("Cold start", "PRM fine-tuned on the noisy labels", SKY),
-    "baseline": ("Baseline", "trained on, all instances weighing the same", VERMILION),
-    "baseline_plus_meta": ("Baseline + meta", "the same, the meta set mixed in", PURPLE),
-    "instance_table": ("Instance table", "trained on, a learned weight per instance", BLUE),
-    "instance_net": ("Instance net", "trained on, a small network gives the weights", GREEN),
-    "domain_table": ("Domain table", "trained on, a learned weight per data set", ORANGE),
-    "small_loss": ("Small loss", "ranked by the cold start's loss, without meta data", GREY),
-    "shuffled_meta": ("Shuffled meta", "control: the meta set's answers shuffled", GREY),
-    "oracle": ("Oracle", "right whenever a candidate is", GREY),
+    "first": Method("First candidate", "No choice at all: the first candidate of each question."),
+    "random": Method("Random candidate", "A candidate drawn at random."),
+    "self_consistency": Method(
+        "Self-consistency", "The most frequent answer among the candidates; needs no PRM."
+    ),
+    "cold_start": Method(
+        "Cold start",
+        "The PRM fine-tuned on the noisy labels; the PRMs below go on from it.",
+        PURPLE,
+        NO,
+    ),
+    "baseline": Method(
+        "Baseline", "Trained on with the noisy labels, every instance at weight 1.", VERMILION, NO
+    ),
+    "instance_table": Method(
+        "Instance table",
+        "Trained on as long, with a weight for every instance that is learned from the meta set.",
+        SKY,
+        WEIGHTS,
+    ),
+    "instance_net": Method(
+        "Instance net",
+        "The same, but a small network tells an instance's weight from its loss.",
+        GREEN,
+        WEIGHTS,
+    ),
+    "domain_table": Method(
+        "Domain table",
+        "The same, but with one learned weight for each data set.",
+        GREEN,
+        WEIGHTS,
+    ),
+    "shuffled_meta": Method(
+        "Shuffled meta",
+        "Control: the instance table with a meta set whose answers were shuffled and say nothing.",
+        GREY,
+        WEIGHTS,
+    ),
+    "baseline_plus_meta": Method(
+        "Baseline + meta",
+        "The baseline with the meta set mixed into its training data, all at weight 1.",
+        ORANGE,
+        YES,
+    ),
+    "table_plus_meta": Method(
+        "Table + meta",
+        "The instance table with the meta set mixed in too: it teaches the weights and the PRM.",
+        BLUE,
+        YES,
+    ),
+    "net_plus_meta": Method(
+        "Net + meta", "The instance net with the meta set mixed in too.", GREEN, YES
+    ),
+    "bis_plus_meta": Method(
+        "BIS + meta",
+        "Baseline + meta on the part of the training data with the highest Balanced-Information "
+        "Scores (arXiv:2602.04145).",
+        VERMILION,
+        YES,
+    ),
+    "mc_agreement_plus_meta": Method(
+        "MC agreement + meta",
+        "Baseline + meta on the part whose Monte Carlo roll-outs agree most.",
+        VERMILION,
+        YES,
+    ),
+    "small_loss_plus_meta": Method(
+        "Small loss + meta",
+        "Baseline + meta on the part on which the cold start's loss is smallest.",
+        VERMILION,
+        YES,
+    ),
+    "random_plus_meta": Method(
+        "Random part + meta",
+        "Baseline + meta on a part drawn at random: what having fewer data does by itself.",
+        VERMILION,
+        YES,
+    ),
+    "other_cold_start": Method(
+        "Other cold start",
+        "A model from another initialization, fine-tuned on the same noisy labels.",
+        PURPLE,
+        NO,
+    ),
+    "other_baseline": Method(
+        "Other baseline", "Baseline + meta of that other model: all at weight 1.", ORANGE, YES
+    ),
+    "other_fixed": Method(
+        "Other, given weights",
+        "The same with the weights that table + meta learned for the first model; none are "
+        "learned here.",
+        BLUE,
+        YES,
+    ),
+    "oracle": Method("Oracle", "Right whenever a candidate is: no choice can do better."),
+    "small_loss": Method("Small loss", "Ranked by the cold start's loss, without the meta set."),
 }
 # Text stays text, so that the page's CSS gives it a font and a colour for light and dark.
 PLOT_STYLE: dict[Any, Any] = {
@@ -45,9 +148,9 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda n: (known.index(n) if n in METHODS else len(known), n))
 
 
-def method_of(name: str) -> tuple[str, str, str]:
-    """Label, explanation and colour of a method; an unknown one is grey."""
-    return METHODS.get(name) or (shortened(name.replace("_", " ").capitalize(), 60), "", GREY)
+def method_of(name: str) -> Method:
+    """A method; an unknown one has its name as label and is grey."""
+    return METHODS.get(name) or Method(shortened(name.replace("_", " ").capitalize(), 60))
 
 
 def line_styles(names: Iterable[str]) -> dict[str, dict]:
@@ -55,14 +158,14 @@ def line_styles(names: Iterable[str]) -> dict[str, dict]:
     palette, dashes = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY), ("-", "--", "-.", ":")
     styles = {}
     for i, name in enumerate(names):
-        color = METHODS[name][2] if name in METHODS else palette[i % len(palette)]
+        color = METHODS[name].color if name in METHODS else palette[i % len(palette)]
         styles[name] = {"color": color, "linestyle": dashes[i % len(dashes)]}
     return styles
 
 
 def label_of(name: str) -> str:
     """Label of a method."""
-    return method_of(name)[0]
+    return method_of(name).label
 
 
 def plot_label(name: str) -> str:
@@ -106,7 +209,17 @@ def percent(value: object) -> str:
     return f"{number(value):.1%}" if math.isfinite(number(value)) else "–"
 
 
-def points(value: object, over: float = 0.0) -> str:
-    """Percentage points over something, with a sign, or a dash."""
-    points = 100 * (number(value) - over)
+def points(value: object) -> str:
+    """A difference of fractions in percentage points, with a sign, or a dash."""
+    points = 100 * number(value)
     return f"{points:+.1f}".replace("-", "−") if math.isfinite(points) else "–"
+
+
+def span(bounds: Sequence[object], shown: Callable[[object], str]) -> str:
+    """An interval: both bounds, of which `shown` makes text."""
+    return " to ".join(map(shown, bounds))
+
+
+def listed(texts: Sequence[str]) -> str:
+    """Texts as a sentence lists them: "a, b and c"."""
+    return " and ".join(part for part in (", ".join(texts[:-1]), *texts[-1:]) if part)

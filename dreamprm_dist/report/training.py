@@ -59,7 +59,7 @@ def figure_quantiles(run: Run) -> str:
     if not run.has(*BANDS):
         return ""
     figure, axes = axes_of()
-    rows, color = run.curve(*BANDS), method_of(run.name)[2]
+    rows, color = run.curve(*BANDS), method_of(run.name).color
     iteration, q05, q25, q50, q75, q95 = (rows[name] for name in rows)
     axes.fill_between(iteration, q05, q95, color=color, alpha=0.2, linewidth=0, label="5 to 95%")
     axes.fill_between(iteration, q25, q75, color=color, alpha=0.4, linewidth=0, label="25 to 75%")
