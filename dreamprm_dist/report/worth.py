@@ -103,7 +103,7 @@ class Comparison:
         """`difference` in words: "2.0 percentage points more (95% interval …, over 5 seeds)"."""
         mean, *interval = self.difference(a, b)
         text = f"{100 * abs(mean):.1f} percentage points {'more' if mean >= 0 else 'fewer'}"
-        scope = f"over {len(self.seeds)} seeds" if self.seeds else "one seed only"
+        scope = f"over {len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed only"
         return f"{text} ({f'95% interval {span(interval, points)}, ' if interval else ''}{scope})"
 
 
@@ -128,7 +128,7 @@ def verdict(comparison: Comparison) -> list[str]:
     ]
     paragraphs += [_free(comparison), _found(comparison)]
     said = [text.strip() for text in paragraphs if text]
-    if said and not comparison.seeds:
+    if said and len(comparison.seeds) < 2:
         said.append(ONE_SEED)
     return said or ["This folder holds no accuracies to compare."]
 

@@ -169,6 +169,8 @@ def test_one_seed_says_what_its_interval_is_not_about(tmp_path: Path):
     write_summary(tmp_path, accuracy=ACCURACY, differences=differences(ACCURACY, 0.02, MAIN_PAIR))
     verdict, _, _ = read(tmp_path)
     assert "4.0 percentage points more (95% interval +2.0 to +6.0, one seed only)." in verdict[0]
+    write_summary(tmp_path, accuracy=ACCURACY, seeds=[{"seed": 1, "accuracy": ACCURACY}])
+    assert "(one seed only)" in read(tmp_path)[0][0] and read(tmp_path)[0][-1] == verdict[-1]
     # A folder without the main pair has the other one.
     accuracy = {"instance_table": 0.4, "baseline": 0.5}
     write_summary(tmp_path, accuracy=accuracy)
