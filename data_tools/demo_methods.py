@@ -66,6 +66,7 @@ PAIRS = [
     ("table_plus_meta", "baseline_plus_meta"),
     ("instance_table", "baseline"),
     ("instance_table", "baseline_plus_meta"),
+    *((name, "cold_start") for name in ("table_plus_meta", "instance_table")),
     *(("table_plus_meta", name) for name in FREE),
     *((name, "baseline_plus_meta") for name in FREE),
     ("net_plus_meta", "baseline_plus_meta"),
