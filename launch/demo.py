@@ -146,16 +146,18 @@ class Demo:
 
     def _data(self) -> None:
         make_demo_data(self.out / "data", self.seed)
-        self._shard("train", "train.json")
-        self._shard("meta", "meta.json")
+        self._shard("train", "train", "train.json")
+        self._shard("meta", "meta", "meta.json")
+        self._shard("train", "meta_only", "meta.json")
 
     def _more_data(self) -> None:
         """Smaller meta sets, and the control whose answers say nothing."""
         meta = json.loads((self.out / "data" / "meta.json").read_text())
         for size in META_SIZES:
             (self.out / "data" / f"meta-{size}.json").write_text(json.dumps(meta[:size]))
-            self._shard(f"meta-{size}", f"meta-{size}.json")
-        self._shard("shuffled_meta", "shuffled_meta.json")
+            self._shard("meta", f"meta-{size}", f"meta-{size}.json")
+            self._shard("train", f"meta_only-{size}", f"meta-{size}.json")
+        self._shard("meta", "shuffled_meta", "shuffled_meta.json")
 
     def _sample(self, name: str) -> None:
         """The training data that a free baseline keeps."""
@@ -166,12 +168,12 @@ class Demo:
             *(f"sample {name}", "-m", "data_tools.sample", data / "train.json"),
             *("--n", KEPT[name], "--seed", self.seed, "--out", data / f"{name}.jsonl", *by),
         )
-        self._shard(name, f"{name}.jsonl")
+        self._shard("train", name, f"{name}.jsonl")
 
-    def _shard(self, name: str, file: str) -> None:
-        kind = "--meta" if "meta" in name else "--train"
+    def _shard(self, kind: str, name: str, file: str) -> None:
+        """Shard a file as training or meta records, into `shards/NAME/KIND`."""
         source, out = self.out / "data" / file, self.out / "shards" / name
-        self._python(f"shard {name}", "-m", "data_tools.shard", kind, source, "--out", out)
+        self._python(f"shard {name}", "-m", "data_tools.shard", f"--{kind}", source, "--out", out)
 
     def _evaluate(self) -> Results:
         """Best-of-N of all PRMs on the test questions."""

@@ -67,6 +67,12 @@ METHODS = {
         GREY,
         WEIGHTS,
     ),
+    "meta_only": Method(
+        "Meta set alone",
+        "Trained on with the meta set alone, without the noisy labels.",
+        PURPLE,
+        YES,
+    ),
     "baseline_plus_meta": Method(
         "Baseline + meta",
         "The baseline with the meta set mixed into its training data, all at weight 1.",

@@ -24,7 +24,15 @@ from dreamprm_dist.report.style import (
 
 # Both of a pair have used the meta set alike but for the weights; the first pair is the main one.
 PAIRS = (("table_plus_meta", "baseline_plus_meta"), ("instance_table", "baseline"))
-FREE = ("bis_plus_meta", "mc_agreement_plus_meta", "small_loss_plus_meta", "random_plus_meta")
+FREE = (
+    *(
+        "meta_only",
+        "bis_plus_meta",
+        "mc_agreement_plus_meta",
+        "small_loss_plus_meta",
+        "random_plus_meta",
+    ),
+)
 # What else picks without learned weights. The baselines are of the pairs.
 UNTRAINED = ("self_consistency", "cold_start")
 WEIGHTS = ("the weights help", "the weights do harm")
