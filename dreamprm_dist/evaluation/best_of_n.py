@@ -6,7 +6,7 @@ verifier, oracle) and Wang et al., arXiv:2203.11171 (self-consistency).
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -16,6 +16,9 @@ import torch
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.results import QuestionOutcome
 from dreamprm_dist.prm.aggregation import AGGREGATIONS, aggregate, pad_steps
+
+NUM_SAMPLES = 10_000  # of the bootstrap
+PERCENTILES = (2.5, 97.5)
 
 
 @dataclass
@@ -158,7 +161,7 @@ def majority_is_right(answers: Sequence[str | None], right: Sequence[bool]) -> b
 def clustered_bootstrap(
     differences: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable],
-    num_samples: int = 10_000,
+    num_samples: int = NUM_SAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Mean of paired differences and its percentile 95 % interval, resampling whole clusters.
@@ -182,7 +185,7 @@ def clustered_bootstrap(
 
 
 def bootstrap_intervals(
-    values: np.ndarray, clusters: Sequence[Hashable], num_samples: int = 10_000, seed: int = 0
+    values: np.ndarray, clusters: Sequence[Hashable], num_samples: int = NUM_SAMPLES, seed: int = 0
 ) -> np.ndarray:
     """Percentile 95 % intervals of M means over the same questions, resampling whole clusters.
 
@@ -203,15 +206,26 @@ def bootstrap_intervals(
         raise InputError(
             f"{len(values)} differences and {len(clusters)} clusters; give each difference one"
         )
+    sums = cluster_sums(values, clusters)
+    sizes = cluster_sums(np.ones(len(values)), clusters)
+    means = [
+        draws @ sums / (draws @ sizes)[:, None]
+        for draws in cluster_draws(len(sums), num_samples, seed)
+    ]
+    return np.percentile(np.concatenate(means), PERCENTILES, axis=0).T
+
+
+def cluster_sums(values: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
+    """Sums over each of K clusters: (Q, …) becomes (K, …), in the order of first appearance."""
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    sums, sizes = np.zeros((len(index), values.shape[1])), np.zeros(len(index))
-    members = [index[cluster] for cluster in clusters]
-    np.add.at(sums, members, values)
-    np.add.at(sizes, members, 1)
+    sums = np.zeros((len(index), *values.shape[1:]))
+    np.add.at(sums, [index[cluster] for cluster in clusters], values)
+    return sums
+
+
+def cluster_draws(num_clusters: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield, some samples at a time, (samples, clusters): how often each cluster is drawn."""
     generator = np.random.default_rng(seed)
-    means = []
     for start in range(0, num_samples, 500):  # all at once would hold num_samples x clusters
         count = min(500, num_samples - start)
-        draws = generator.multinomial(len(index), np.full(len(index), 1 / len(index)), count)
-        means.append(draws @ sums / (draws @ sizes)[:, None])
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T
+        yield generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), count)

@@ -196,8 +196,15 @@ def step_metrics(candidates: Sequence[CandidateScores]) -> StepMetrics | None:
         )
         if label is not None
     ]
-    if not pairs:
-        return None
+    return metrics_of_steps(pairs) if pairs else None
+
+
+def metrics_of_steps(pairs: Sequence[tuple[float, bool]]) -> StepMetrics:
+    """AUROC and calibration of the scores of labelled steps, at least one.
+
+    Args:
+        pairs: for each step its score and whether it is right.
+    """
     frame = pd.DataFrame(pairs, columns=["score", "right"])
     positive = int(frame["right"].sum())
     negative = len(frame) - positive

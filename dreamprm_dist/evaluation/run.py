@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import yaml
 
 from dreamprm_dist.data.images import read_image
+from dreamprm_dist.data.schema import Turn
 from dreamprm_dist.distributed import rank
 from dreamprm_dist.errors import InputError, RecordError
 from dreamprm_dist.evaluation.best_of_n import CandidateScores, aggregate_candidates, judge
@@ -167,7 +168,33 @@ def _root(config: EvaluateConfig, file: str) -> Path:
 
 
 def _score(config: EvaluateConfig, model: str, scorer: Scorer, question: Question) -> dict:
-    root = _root(config, question.file)
+    scores = score_files(_root(config, question.file), model, scorer, question)
+    if all(isinstance(found, str) for found in scores):
+        raise RecordError(f"no candidate can be scored; the first: {scores[0]}")
+    return {"scores": scores}
+
+
+class InFiles(Protocol):
+    """Conversations about images that lie in files, and the record that they are from."""
+
+    file: str
+    line: int
+    images: list[str]
+    conversations: list[list[Turn]]
+
+
+def score_files(
+    root: Path, model: str, scorer: Scorer, question: InFiles
+) -> list[list[float] | str]:
+    """For each conversation its step scores, or in their place why there are none.
+
+    Args:
+        root: folder that image paths start at.
+
+    Raises:
+        RecordError: no conversation can be scored, for their question or an image is at fault.
+        InputError: a score is not a number; the record is named.
+    """
     try:
         images = [read_image(root / path, path)[0] for path in question.images]
         scores = scorer.score_conversations(question.conversations, images)
@@ -175,11 +202,7 @@ def _score(config: EvaluateConfig, model: str, scorer: Scorer, question: Questio
         raise
     except InputError as error:
         raise InputError(f"{model}: {question.file}, record {question.line}: {error}") from error
-    errors = [str(found) for found in scores if isinstance(found, RecordError)]
-    if len(errors) == len(scores):
-        raise RecordError(f"no candidate can be scored; the first: {errors[0]}")
-    # A candidate has its scores, or in their place why there are none.
-    return {"scores": [str(found) if isinstance(found, RecordError) else found for found in scores]}
+    return [str(found) if isinstance(found, RecordError) else found for found in scores]
 
 
 def _write(

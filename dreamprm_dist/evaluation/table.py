@@ -31,7 +31,7 @@ def text_table(results: Results) -> str:
                 "{:+.1%} to {:+.1%}".format(*row.over_first_interval_95),
             )
         )
-    lines += _columns(rows)
+    lines += columns(rows)
     lines.append(f"* stands for its PRM below; chosen on {results.chosen_on}")
     for pair in results.between:
         low, high = pair.interval_95
@@ -45,11 +45,11 @@ def text_table(results: Results) -> str:
         for subject, accuracies in results.by_subject.items():
             cells = (f"{accuracies[method]:.1%}" for method in methods)
             rows.append((subject, str(accuracies["num_questions"]), *cells))
-        lines += ["", *_columns(rows)]
+        lines += ["", *columns(rows)]
     methods.remove("first")
     rows = [("N drawn at random", *(NAMES.get(m, m) for m in methods))]
     rows += [(n, *(f"{row[m]:.1%}" for m in methods)) for n, row in results.by_n.items()]
-    lines += ["", *_columns(rows)]
+    lines += ["", *columns(rows)]
     for label, prm in results.prms.items():
         if steps := prm.steps:
             auroc = "–" if steps.auroc is None else f"{steps.auroc:.3f}"
@@ -65,7 +65,8 @@ def text_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table whose first column is text and whose others are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "

@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from dreamprm_dist.evaluation.benchmarks.run import BenchmarkConfig
 from dreamprm_dist.planning.plan import PlanConfig
 from dreamprm_dist.training.config import TrainConfig, parse_train_config
 from dreamprm_dist.training.metrics import FIELDS
@@ -82,7 +83,7 @@ def flag_rows() -> list[str]:
     config = parse_train_config([])
     rows = []
     sections = [getattr(config, part.name) for part in dataclasses.fields(TrainConfig)]
-    for section in [*sections, PlanConfig()]:
+    for section in [*sections, PlanConfig(), BenchmarkConfig()]:
         hints = get_type_hints(type(section))
         rows.append(f"### {type(section)._argument_group_name.capitalize()}")
         for field in dataclasses.fields(section):
