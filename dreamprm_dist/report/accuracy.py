@@ -1,8 +1,8 @@
 """Accuracies of PRMs with intervals, from an evaluation's `results.json`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from dreamprm_dist.evaluation.results import Results, TableRow
+from dreamprm_dist.evaluation.results import Results, StepMetrics, TableRow
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.report.html import axes_of, html_table, svg_figure
 from dreamprm_dist.report.style import (
@@ -87,12 +87,12 @@ def table_subjects(results: Results) -> str:
     return html_table("By subject", ("Subject", "Questions", *map(plot_label, methods)), rows)
 
 
-def table_steps(results: Results) -> str:
-    """Quality of the step scores, where steps have labels."""
+def table_steps(by_prm: Mapping[str, StepMetrics | None]) -> str:
+    """Quality of each PRM's step scores, where steps have labels."""
     rows = [
         (label_of(label), f"{steps.num_steps:,}", decimal(steps.auroc, 3),
          decimal(steps.brier, 3), decimal(steps.calibration_error, 3))
-        for label, prm in results.prms.items() if (steps := prm.steps)
+        for label, steps in by_prm.items() if steps
     ]  # fmt: skip
     head = ("PRM", "Steps", "AUROC", "Brier score", "Calibration error")
     return html_table("Single steps against their labels", head, rows)

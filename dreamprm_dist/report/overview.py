@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 
 from dreamprm_dist.errors import InputError
+from dreamprm_dist.evaluation.benchmarks.results import is_benchmark
 from dreamprm_dist.evaluation.results import Results, read_results
 from dreamprm_dist.files import refuse_overwriting
 from dreamprm_dist.report.accuracy import (
@@ -78,6 +79,8 @@ def write_run_report(folders: Sequence[Path], out: Path, results: Path | None) -
         runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     found = [folder / "evaluation" / "results.json" for folder in folders]
     results = results or next(filter(Path.is_file, found), None)
+    if results and is_benchmark(results):
+        raise InputError(f"{results} is a benchmark's; its folder alone makes a page of its own")
     evaluation = read_results(results) if results else None
     missing = [sentence for run in runs for sentence in run.missing()]
     if not evaluation:
@@ -131,7 +134,7 @@ def _accuracy(results: Results) -> list[str]:
         wrap("stack", figure_intervals(results) + figure_by_n(results)),
         wrap("wide", table_aggregations(results)),
         table_between(results),
-        table_steps(results),
+        table_steps({label: prm.steps for label, prm in results.prms.items()}),
         wrap("wide", table_subjects(results)),
     ]
 
