@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
+from dreamprm_dist.evaluation.best_of_n import NUM_SAMPLES, PERCENTILES, cluster_sums
 from dreamprm_dist.evaluation.compare import BASICS
 from dreamprm_dist.evaluation.results import Results
 
@@ -50,7 +51,9 @@ def pooled(runs: Sequence[Results], pairs: Iterable[tuple[str, str]], seed: int 
 
 
 def nested_bootstrap(
-    runs: Sequence[tuple[np.ndarray, Sequence[Hashable]]], num_samples: int = 10_000, seed: int = 0
+    runs: Sequence[tuple[np.ndarray, Sequence[Hashable]]],
+    num_samples: int = NUM_SAMPLES,
+    seed: int = 0,
 ) -> np.ndarray:
     """Percentile 95 % intervals of M means, resampling runs and within each drawn run its clusters.
 
@@ -65,12 +68,10 @@ def nested_bootstrap(
     Returns:
         shape (M, 2), low and high.
     """
-    totals = []
-    for values, clusters in runs:
-        _, members = np.unique([*map(str, clusters)], return_inverse=True)
-        sums = np.zeros((members.max() + 1, values.shape[1] + 1))
-        np.add.at(sums, members, np.column_stack([values, np.ones(len(values))]))
-        totals.append(sums)
+    totals = [
+        cluster_sums(np.column_stack([values, np.ones(len(values))]), clusters)
+        for values, clusters in runs
+    ]
     generator = np.random.default_rng(seed)
     means = []
     for start in range(0, num_samples, BLOCK):
@@ -83,4 +84,4 @@ def nested_bootstrap(
                 even = np.full(len(sums), 1 / len(sums))
                 resampled[rows] += generator.multinomial(len(sums), even, len(rows)) @ sums
         means.append(resampled[:, :-1] / resampled[:, -1:])
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T
+    return np.percentile(np.concatenate(means), PERCENTILES, axis=0).T
