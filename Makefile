@@ -37,7 +37,7 @@ $(STAMP): setup.py
 demo: $(STAMP) ## the whole job on handwritten digits, in runs/demo (some minutes)
 	$(PYTHON) launch/demo.py --out runs/demo
 
-demo-seeds: $(STAMP) ## five seeds of the demo, each with all comparisons, in runs/demo-seeds (an hour)
+demo-seeds: $(STAMP) ## five seeds of the demo, each with all comparisons, in runs/demo-seeds (hours)
 	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3 4 5
 
 test: $(STAMP) ## all tests but those that need a GPU or a browser
