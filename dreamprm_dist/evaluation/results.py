@@ -9,13 +9,16 @@ PRMs, of those under `prms`, which are in the order of the questions.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.files import write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of this file and that of benchmarks
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(kw_only=True)
@@ -135,13 +138,23 @@ class Results:
         return {row.aggregation or row.method: row.accuracy for row in rows}
 
 
-def write_results(path: Path, results: Results) -> None:
+def write_results(path: Path, results: Any) -> None:
+    """Write the outcome of a command, a dataclass."""
     values = {"format_version": FORMAT_VERSION} | asdict(results)
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_results(path: Path) -> Results:
+    """Read what `write_results` wrote of an evaluation; InputError as `read_outcome`."""
+    return read_outcome(path, "launch/evaluate.py", _parsed)
+
+
+def read_outcome(path: Path, command: str, parse: Callable[[dict], Outcome]) -> Outcome:
     """Read what `write_results` wrote.
+
+    Args:
+        command: that wrote it.
+        parse: from the file's values to the outcome; it may raise what a lookup or a call raises.
 
     Raises:
         InputError: the file is something else, or has another format version.
@@ -149,15 +162,15 @@ def read_results(path: Path) -> Results:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if (version := values.pop("format_version")) == FORMAT_VERSION:
-            return _parsed(values)
+            return parse(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is no results.json of launch/evaluate.py, or one of an earlier release "
-            f"({error!r}); evaluate again"
+            f"{path} is no results.json of {command}, or one of another release ({error!r}); run "
+            "it again"
         ) from error
     raise InputError(
-        f"{path}: format version {version!r}, but this release reads {FORMAT_VERSION}; evaluate "
-        "again, or use the release that wrote it"
+        f"{path}: format version {version!r}, but this release reads {FORMAT_VERSION}; run "
+        f"{command} again, or use the release that wrote it"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,10 +26,10 @@ from dreamprm_dist.evaluation.questions import (
 from dreamprm_dist.evaluation.results import write_results
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
-from dreamprm_dist.evaluation.scoring_config import FileScoringConfig, prm_name
+from dreamprm_dist.evaluation.scoring_config import ComparisonConfig, prm_name
 from dreamprm_dist.evaluation.table import text_table
 from dreamprm_dist.files import json_line, refuse_overwriting, write_whole
-from dreamprm_dist.flags import Count, flag
+from dreamprm_dist.flags import flag
 from dreamprm_dist.prm.aggregation import AGGREGATIONS
 from dreamprm_dist.prm.model import load_tokenizer
 from dreamprm_dist.prm.model_folder import EXPORT
@@ -40,21 +40,14 @@ CONFIG, PARTS = "config.yaml", "parts"
 
 
 @dataclass
-class EvaluateConfig(FileScoringConfig):
+class EvaluateConfig(ComparisonConfig):
     """Everything `launch/evaluate.py` is told."""
 
-    model: list[str] = field(
-        default_factory=lambda: ["./weights/export"],
-        metadata={"help": "PRMs: local folders, run folders or hub names, or label=folder."},
-    )
     test_json_file: str = flag("./data/test.json", "Questions with candidates, JSON or JSONL.")
     out: str = flag(
         "./evaluation",
         "Folder for the results; made when it is not there.",
         aliases=["output_dir"],
-    )
-    image_root: str | None = flag(
-        None, "Folder that image paths start at (default: the file's own folder)."
     )
     aggregation_function: str = flag(
         "mean",
@@ -62,7 +55,6 @@ class EvaluateConfig(FileScoringConfig):
         choices=(*AGGREGATIONS, ON_META),
     )
     meta_json_file: str | None = flag(None, "Meta records, to choose the aggregation on.")
-    seed: Count = flag(0, "Seed of the bootstrap.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ from dreamprm_dist import distributed
 from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.scoring import AnyScorer
 from dreamprm_dist.files import file_sha256
-from dreamprm_dist.flags import AtLeastOne, FlagGroup, flag
+from dreamprm_dist.flags import AtLeastOne, Count, FlagGroup, flag
 from dreamprm_dist.prm.model_folder import EXPORT, resolve_model
 
 # Ranks finish at different times, for images have different sizes; less would end long work at its
@@ -78,6 +78,20 @@ class FileScoringConfig(ScoringConfig):
 
     limit: AtLeastOne | None = flag(None, "Only the first N records of the file.")
     dry_run: bool = flag(False, "Say what would be scored, and write nothing.")
+
+
+@dataclass
+class ComparisonConfig(FileScoringConfig):
+    """Flags of the commands that compare PRMs on files, with intervals."""
+
+    model: list[str] = field(
+        default_factory=lambda: ["./weights/export"],
+        metadata={"help": "PRMs: local folders, run folders or hub names, or label=folder."},
+    )
+    image_root: str | None = flag(
+        None, "Folder that image paths start at (default: the file's own folder)."
+    )
+    seed: Count = flag(0, "Seed of the bootstrap.")
 
 
 def _weights_state(model: str) -> list[list]:

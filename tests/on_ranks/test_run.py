@@ -105,6 +105,22 @@ def test_a_finished_run_goes_on_in_the_longer_schedule(make_run, tmp_path: Path)
         assert line["meta_lr"] == pytest.approx(META_LR * factor)
 
 
+def batches_of(folder: Path, labels: LowerLossConfig | None = None) -> RankBatches:
+    """This rank's half of a training folder."""
+    return RankBatches(
+        shards=ShardFolder(folder),
+        tokenizer=load_tokenizer(os.environ["TESTS_ON_RANKS"].split(":")[0]),
+        format=InputFormat(6, 28, 4),
+        global_batch_size=2,
+        micro_batch_size=1,
+        seed=1,
+        level=0,
+        rank=distributed.rank(),
+        world_size=2,
+        labels=labels,
+    )
+
+
 @pytest.mark.parametrize(
     ("signs", "lacking"),
     [
@@ -124,18 +140,7 @@ def test_labels_of_all_ranks_count(tmp_path: Path, caplog, process_group, signs,
         shard_file(file, folder / "shards", "training", 2)
         caplog.clear()  # of what sharding says
     distributed.barrier()
-    batches = RankBatches(
-        shards=ShardFolder(folder / "shards"),
-        tokenizer=load_tokenizer(os.environ["TESTS_ON_RANKS"].split(":")[0]),
-        format=InputFormat(6, 28, 4),
-        global_batch_size=2,
-        micro_batch_size=1,
-        seed=1,
-        level=0,
-        rank=distributed.rank(),
-        world_size=2,
-    )
-    batches.check_rows(process_group)
+    batches_of(folder / "shards").check_rows(process_group)
     expected = [f"has no step labelled {sign}:" for sign in lacking if distributed.rank() == 0]
     said = [r.getMessage() for r in caplog.records if "one answer" in r.getMessage()]
     assert len(said) == len(expected)
@@ -160,18 +165,7 @@ def test_roll_outs_of_all_ranks_count(tmp_path: Path, caplog, process_group):
         ({"step_loss": "beta_binomial"}, False),
     ):
         caplog.clear()
-        RankBatches(
-            shards=ShardFolder(folder / "shards"),
-            tokenizer=load_tokenizer(os.environ["TESTS_ON_RANKS"].split(":")[0]),
-            format=InputFormat(6, 28, 4),
-            global_batch_size=2,
-            micro_batch_size=1,
-            seed=1,
-            level=0,
-            rank=distributed.rank(),
-            world_size=2,
-            labels=LowerLossConfig(**flags),
-        ).check_rows(process_group)
+        batches_of(folder / "shards", LowerLossConfig(**flags)).check_rows(process_group)
         warned = "has no step labelled -:" in caplog.text
         assert warned == (lacks and distributed.rank() == 0), flags
 

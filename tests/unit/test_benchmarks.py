@@ -27,9 +27,9 @@ from dreamprm_dist.evaluation.benchmarks.results import (
     GroupSize,
     Judged,
     read_results,
-    write_results,
 )
 from dreamprm_dist.evaluation.benchmarks.table import text_table
+from dreamprm_dist.evaluation.results import write_results
 
 EVERY = pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=BENCHMARKS)
 

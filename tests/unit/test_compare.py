@@ -214,9 +214,12 @@ def test_results_come_back_as_they_were_written(compared: Results, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format_version": 2}, "format version 2, but this release reads 1; evaluate again"),
+        (
+            {"format_version": 2},
+            "version 2, but this release reads 1; run launch/evaluate.py again",
+        ),
         ({"format_version": None}, "format version None"),
-        ({"table": [{"method": "first"}]}, "no results.json .*; evaluate again"),
+        ({"table": [{"method": "first"}]}, "no results.json of launch/evaluate.py.*; run it again"),
         ({"table": None}, "no results.json"),
         ({"prms": []}, "no results.json"),
         ({"extra": 1}, "no results.json"),

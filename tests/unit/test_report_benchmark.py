@@ -19,8 +19,8 @@ from dreamprm_dist.evaluation.benchmarks.results import (
     BenchmarkResults,
     Chosen,
     read_results,
-    write_results,
 )
+from dreamprm_dist.evaluation.results import write_results
 from dreamprm_dist.report.benchmark import write_benchmark_report
 from dreamprm_dist.report.overview import write_run_report
 

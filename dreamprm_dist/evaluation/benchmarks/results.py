@@ -7,15 +7,11 @@ PRM's `oracle` was chosen on the very solutions that it is measured on.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dreamprm_dist.errors import InputError
 from dreamprm_dist.evaluation.benchmarks import BENCHMARKS
-from dreamprm_dist.evaluation.results import StepMetrics
-from dreamprm_dist.files import write_whole
-
-FORMAT_VERSION = 1
+from dreamprm_dist.evaluation.results import StepMetrics, read_outcome
 
 
 @dataclass(kw_only=True)
@@ -122,11 +118,6 @@ class BenchmarkResults:
         return sum(group.num_solutions for group in self.groups.values())
 
 
-def write_results(path: Path, results: BenchmarkResults) -> None:
-    values = {"format_version": FORMAT_VERSION} | asdict(results)
-    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
 def is_benchmark(path: Path) -> bool:
     """Whether a file is the `results.json` of a benchmark, of any version."""
     try:
@@ -137,29 +128,13 @@ def is_benchmark(path: Path) -> bool:
 
 
 def read_results(path: Path) -> BenchmarkResults:
-    """Read what `write_results` wrote.
-
-    Raises:
-        InputError: the file is something else, or has another format version.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if (version := values.pop("format_version")) == FORMAT_VERSION:
-            if values["benchmark"] not in BENCHMARKS:
-                raise KeyError(values["benchmark"])
-            return _parsed(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is no results.json of launch/benchmark.py, or one of another release "
-            f"({error!r}); run the benchmark again"
-        ) from error
-    raise InputError(
-        f"{path}: format version {version!r}, but this release reads {FORMAT_VERSION}; run the "
-        "benchmark again, or use the release that wrote it"
-    )
+    """Read what `write_results` wrote of a benchmark; InputError as `read_outcome`."""
+    return read_outcome(path, "launch/benchmark.py", _parsed)
 
 
 def _parsed(values: dict) -> BenchmarkResults:
+    if values["benchmark"] not in BENCHMARKS:
+        raise KeyError(values["benchmark"])
     prms = {
         label: PrmOutcome(
             judged=_judged(prm["judged"]),

@@ -34,8 +34,9 @@ from dreamprm_dist.evaluation.benchmarks.measure import (
     group_sizes,
     measure_prms,
 )
-from dreamprm_dist.evaluation.benchmarks.results import BenchmarkResults, Chosen, write_results
+from dreamprm_dist.evaluation.benchmarks.results import BenchmarkResults, Chosen
 from dreamprm_dist.evaluation.benchmarks.table import text_table
+from dreamprm_dist.evaluation.results import write_results
 from dreamprm_dist.evaluation.run import (
     CONFIG,
     PARTS,
@@ -47,9 +48,9 @@ from dreamprm_dist.evaluation.run import (
 )
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
-from dreamprm_dist.evaluation.scoring_config import FileScoringConfig
+from dreamprm_dist.evaluation.scoring_config import ComparisonConfig
 from dreamprm_dist.files import json_line, refuse_overwriting, write_whole
-from dreamprm_dist.flags import Bounds, Count, flag
+from dreamprm_dist.flags import Bounds, flag
 from dreamprm_dist.prm.model import load_tokenizer
 from dreamprm_dist.prm.model_folder import EXPORT
 
@@ -57,16 +58,12 @@ DEFAULT_THRESHOLD = 0.5
 
 
 @dataclass
-class BenchmarkConfig(FileScoringConfig):
+class BenchmarkConfig(ComparisonConfig):
     """Everything `launch/benchmark.py` is told."""
 
     _argument_group_name: ClassVar[str] = "benchmark"
 
     benchmark: str = flag("visualprocessbench", "Which benchmark.", choices=BENCHMARKS)
-    model: list[str] = field(
-        default_factory=lambda: ["./weights/export"],
-        metadata={"help": "PRMs: local folders, run folders or hub names, or label=folder."},
-    )
     test_json_file: list[str] = field(
         default_factory=lambda: ["./data/test.jsonl"],
         metadata={"help": "The benchmark's files as downloaded, one or several."},
@@ -75,9 +72,6 @@ class BenchmarkConfig(FileScoringConfig):
         "./benchmark",
         "Folder for the results; made when it is not there.",
         aliases=["output_dir"],
-    )
-    image_root: str | None = flag(
-        None, "Folder that image paths start at (default: the file's own folder)."
     )
     threshold: Annotated[float, Bounds(above=0, below=1)] = flag(
         DEFAULT_THRESHOLD, "A step is judged right when its score is at least that."
@@ -88,7 +82,6 @@ class BenchmarkConfig(FileScoringConfig):
     oracle_threshold: bool = flag(
         False, "Also report the threshold that is best on the test solutions, as some publish."
     )
-    seed: Count = flag(0, "Seed of the bootstrap.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
