@@ -41,7 +41,7 @@ demo-seeds: $(STAMP) ## five seeds of the demo, each with all comparisons, in ru
 	$(PYTHON) launch/demo.py --out runs/demo-seeds --seeds 1 2 3 4 5
 
 test: $(STAMP) ## all tests but those that need a GPU or a browser
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not gpu and not web"
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not web"
 
 test-survive: $(STAMP) ## kill a run KILLS=20 times and change its number of ranks; survive.json
 	$(PYTHON) tests/survive.py
