@@ -45,12 +45,12 @@ def make_shards(tmp_path: Path) -> Callable[..., str]:
                 records = []
                 for shard in range(folder.num_shards):
                     rows = [folder.read(shard, i) for i in range(folder.rows_per_shard[shard])]
-                    records += [(row["sample_id"], row) for row in rows]
+                    records += [(row["sample_id"], shard, row) for row in rows]
                 file, written = out / f"{name}.json", []
-                for _, row in sorted(records, key=lambda pair: pair[0]):
+                for _, shard, row in sorted(records, key=lambda record: record[0]):
                     kept = {"id": row["source_id"], "conversations": row["conversations"]}
                     kept |= {k: row[k] for k in ("true_false", "dataset") if k in row}
-                    if with_images(row["sample_id"] % folder.num_shards):
+                    if with_images(shard):
                         kept["image"] = []
                         for k, data in enumerate(row["images"]):
                             image = out / f"{name}-{row['sample_id']}-{k}.png"
