@@ -88,7 +88,7 @@ class Demo:
         Args:
             everything: with all that `make demo-seeds` compares.
         """
-        data = self._add(self._data)
+        data = self.stages.add(self._data)
         base = self._add_base("base", self.seed, data)
         if everything:  # beside the first one, for nothing else can be done yet
             other_base = self._add_base("other_base", self.seed + 1000, data)
@@ -96,16 +96,16 @@ class Demo:
         runs = {name: self._add_training(name, m, cold_start) for name, m in METHODS.items()}
         if everything:
             self._add_comparisons(data, cold_start, other_base, runs)
-        return self._add(self._evaluate, cold_start, *runs.values())
+        return self.stages.add(self._evaluate, cold_start, *runs.values())
 
     def _add_comparisons(
         self, data: Future, cold_start: Future, other_base: Future, runs: dict[str, Future]
     ) -> None:
-        more_data = self._add(self._more_data, data)
+        more_data = self.stages.add(self._more_data, data)
         for name, method in (LEARNED | SIZED).items():
             runs[name] = self._add_training(name, method, cold_start, more_data)
         for name in KEPT:
-            kept = self._add(lambda name=name: self._sample(name), cold_start)
+            kept = self.stages.add(lambda name=name: self._sample(name), cold_start)
             runs[f"{name}_plus_meta"] = self._add_training(
                 f"{name}_plus_meta", FREE[f"{name}_plus_meta"], kept
             )
@@ -113,12 +113,9 @@ class Demo:
         for name, method in OTHER.items():
             runs[name] = self._add_training(name, method, start, runs["table_plus_meta"])
 
-    def _add(self, work: Callable, *needs: Future) -> Future:
-        return self.stages.add(work, *needs)
-
     def _add_base(self, name: str, seed: int, *needs: Future) -> Future:
         command = "-m", "data_tools.demo_model", "--data", self.out / "data", "--seed", seed
-        return self._add(
+        return self.stages.add(
             lambda: self._python(name, *command, "--out", self.out / name / "export"), *needs
         )
 
@@ -132,7 +129,7 @@ class Demo:
         if self.num_ranks == 1:
             flags += ["--gradient_accumulation", 2, "--meta_gradient_accumulation", 2]
         shards = self.out / "shards"
-        return self._add(
+        return self.stages.add(
             lambda: self._on_ranks(
                 *(name, "train.py"),
                 *("--config", RECIPES / f"demo_{method.recipe}.yaml", "--seed", self.seed),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 import yaml
 
 from dreamprm_dist.data.images import read_image
@@ -37,6 +38,8 @@ from dreamprm_dist.prm.model_folder import EXPORT
 ON_META = "meta"
 RESULTS, SCORES, REJECTED = "results.json", "scores.jsonl", "rejected.jsonl"
 CONFIG, PARTS = "config.yaml", "parts"
+Config = TypeVar("Config", bound=ComparisonConfig)
+Scored = TypeVar("Scored")
 
 
 @dataclass
@@ -80,12 +83,7 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a flag, a file or a model cannot be used, or no question was scored.
     """
     models, out = labelled(config.model), Path(config.out)
-    of_runs = [Path(model, name) for model in models.values() for name in (EXPORT, f"../{CONFIG}")]
-    refuse_overwriting(
-        (out / name for name in (RESULTS, SCORES, REJECTED, CONFIG, PARTS)),
-        [config.test_json_file, config.meta_json_file, *models.values(), *of_runs],
-        into=out,
-    )
+    refuse_own_inputs(out, models, [config.test_json_file, config.meta_json_file])
     test = list(islice(read_test_questions(config.test_json_file), config.limit))
     meta = []
     if config.meta_json_file:
@@ -102,19 +100,49 @@ def evaluate(config: EvaluateConfig) -> str:
         settings = config.settings(models, files, device) | {"image_root": config.image_root}
         journal = ScoreJournal(out / PARTS, settings)
         journal.start()
-        for label, model in models.items():
-            questions = (
-                (Key(label, name, index), question)
-                for name, records in (("test", test), ("meta", meta))
-                for index, question in enumerate(records)
-                if isinstance(question, Question)
-            )
-            if mine := list(journal.mine(questions)):
-                # Nothing here holds the PRM, so that two are never in memory.
-                journal.score(
-                    label, mine, partial(_score, config, model, config.load(Scorer, model, device))
-                )
+
+        def questions(label: str) -> Iterator[tuple[Key, Question]]:
+            for name, records in (("test", test), ("meta", meta)):
+                for index, question in enumerate(records):
+                    if isinstance(question, Question):
+                        yield Key(label, name, index), question
+
+        score_with_each(config, models, device, journal, questions, _score)
         return journal.finish(partial(_write, config, models, test, meta))
+
+
+def refuse_own_inputs(
+    out: Path, models: Mapping[str, str], files: Sequence[str | Path | None]
+) -> None:
+    """Raise InputError where results in a folder would replace what they are made of."""
+    of_runs = [Path(model, name) for model in models.values() for name in (EXPORT, f"../{CONFIG}")]
+    refuse_overwriting(
+        (out / name for name in (RESULTS, SCORES, REJECTED, CONFIG, PARTS)),
+        [*files, *models.values(), *of_runs],
+        into=out,
+    )
+
+
+def score_with_each(
+    config: Config,
+    models: Mapping[str, str],
+    device: torch.device,
+    journal: ScoreJournal,
+    keyed: Callable[[str], Iterable[tuple[tuple, Scored]]],
+    score: Callable[[Config, str, Scorer, Scored], dict],
+) -> None:
+    """Score this rank's part of all that is not scored yet, PRM by PRM.
+
+    Args:
+        keyed: from a PRM's label to what it scores, each with its key; all ranks give the same.
+        score: gives a row of the journal, see `ScoreJournal.score`.
+    """
+    for label, model in models.items():
+        if mine := list(journal.mine(keyed(label))):
+            # Nothing here holds the PRM, so that two are never in memory.
+            journal.score(
+                label, mine, partial(score, config, model, config.load(Scorer, model, device))
+            )
 
 
 def _plan(

@@ -30,6 +30,7 @@ from dreamprm_dist.report.style import (
     points,
     shortened,
     significant,
+    span,
 )
 
 ORACLE = "oracle thresholds"
@@ -106,8 +107,7 @@ def _left_out(results: BenchmarkResults) -> list[str]:
 def _cell(value: Value, show: Callable[[object], str] = percent) -> Cell:
     if value.value is None or value.interval_95 is None:
         return "–"
-    interval = " to ".join(show(bound).replace("%", "") for bound in value.interval_95)
-    return show(value.value), interval
+    return show(value.value), span(value.interval_95, show).replace("%", "")
 
 
 def _table(results: BenchmarkResults, label: str, which: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -44,15 +44,16 @@ from dreamprm_dist.evaluation.run import (
     RESULTS,
     SCORES,
     labelled,
+    refuse_own_inputs,
     score_files,
+    score_with_each,
 )
 from dreamprm_dist.evaluation.score_journal import ScoreJournal
 from dreamprm_dist.evaluation.scoring import Scorer
 from dreamprm_dist.evaluation.scoring_config import ComparisonConfig
-from dreamprm_dist.files import json_line, refuse_overwriting, write_whole
+from dreamprm_dist.files import json_line, write_whole
 from dreamprm_dist.flags import Bounds, flag
 from dreamprm_dist.prm.model import load_tokenizer
-from dreamprm_dist.prm.model_folder import EXPORT
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -101,12 +102,7 @@ def run_benchmark(config: BenchmarkConfig) -> str:
         InputError: a flag, a file or a model cannot be used, or there is no labelled step.
     """
     models, out = labelled(config.model), Path(config.out)
-    of_runs = [Path(model, name) for model in models.values() for name in (EXPORT, f"../{CONFIG}")]
-    refuse_overwriting(
-        (out / name for name in (RESULTS, SCORES, REJECTED, CONFIG, PARTS)),
-        [*config.test_json_file, config.threshold_json_file, *models.values(), *of_runs],
-        into=out,
-    )
+    refuse_own_inputs(out, models, [*config.test_json_file, config.threshold_json_file])
     benchmark = BENCHMARKS[config.benchmark]
     records = list(read_solutions(benchmark, config.test_json_file, config.limit))
     solutions = [record for record in records if isinstance(record, LabelledSolution)]
@@ -132,17 +128,13 @@ def run_benchmark(config: BenchmarkConfig) -> str:
         journal = ScoreJournal(out / PARTS, settings)
         journal.start()
         batches = list(batches_of(solutions))
-        for label, model in models.items():
-            keyed = (
-                (Key(label, name, batch.first, len(batch.members)), batch)
-                for name, part in ((TEST, batches), (THRESHOLD, chosen_on.batches))
-                for batch in part
-            )
-            if mine := list(journal.mine(keyed)):
-                # Nothing here holds the PRM, so that two are never in memory.
-                journal.score(
-                    label, mine, partial(_score, config, model, config.load(Scorer, model, device))
-                )
+
+        def keyed(label: str) -> Iterator[tuple[Key, Batch]]:
+            for name, part in ((TEST, batches), (THRESHOLD, chosen_on.batches)):
+                for batch in part:
+                    yield Key(label, name, batch.first, len(batch.members)), batch
+
+        score_with_each(config, models, device, journal, keyed, _score)
         return journal.finish(
             partial(_write, config, models, solutions, rejected, batches, chosen_on)
         )
